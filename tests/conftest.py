@@ -1,0 +1,28 @@
+"""What every test shares: the import path, the `gpu` and `slow` markers, and GPT-2's BPE files if they are at hand."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(2)
+
+
+def pytest_addoption(parser):
+    parser.addoption('--slow', action='store_true', help='also run the tests marked slow')
+
+
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'gpu: needs a CUDA GPU')
+    config.addinivalue_line('markers', 'slow: takes minutes; run with --slow')
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker('gpu') and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason='needs a CUDA GPU'))
+        if item.get_closest_marker('slow') and not config.getoption('--slow'):
+            item.add_marker(pytest.mark.skip(reason='slow: run with --slow'))
