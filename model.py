@@ -10,6 +10,7 @@ What differs from a textbook GPT-2:
 
 Shapes: B sequences, T tokens, d = n_embd, r = gate_rank, V = vocab_size; sublayers s = 0 … 2·n_layer − 1, attention first.
 """
+import pickle
 from dataclasses import dataclass, fields
 
 import torch
@@ -19,6 +20,10 @@ import torch.nn.functional as F
 
 class UserError(Exception):
     """A mistake that the person at the keyboard can mend: every main() prints it as one sentence, without a traceback."""
+
+
+class DamagedCheckpoint(UserError):
+    """A file that is no checkpoint of ours, or not a whole one."""
 
 
 @dataclass
@@ -257,3 +262,31 @@ class GPT(nn.Module):
         Elementwise work is not counted."""
         weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
+
+
+def load_checkpoint(path, mmap=True):
+    """Returns the dict that train.py saved in `path`; executes nothing that the file may carry. mmap: tensors stay on disk until used."""
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
+    except FileNotFoundError:
+        raise UserError(f'there is no checkpoint {path}: train one with python train.py config/<arm>_<scale>.py') from None
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
+        raise DamagedCheckpoint(f'{path} is not a whole checkpoint of tensors and plain values, and nothing in it was executed: '
+                                'use ckpt_prev.pt beside it, or train again') from None
+    if not isinstance(checkpoint, dict) or not {'model', 'model_args', 'iter_num', 'config'} <= checkpoint.keys():
+        raise DamagedCheckpoint(f'{path} was not written by this train.py: model, model_args, iter_num or config is missing from it')
+    return checkpoint
+
+
+def build_model(checkpoint, path, **overrides):
+    """Returns the GPT of a checkpoint, in eval mode on the CPU. overrides: keys of GPTConfig to change."""
+    try:
+        model = GPT(GPTConfig(**{**checkpoint['model_args'], **overrides}))
+        model.load_state_dict(checkpoint['model'])
+    except (TypeError, AttributeError, RuntimeError) as error:
+        reason = ' '.join(str(error).split())[:120]
+        raise DamagedCheckpoint(f'{path} holds another model than this model.py builds: {reason}') from None
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise DamagedCheckpoint(f'{path} has weights that are not finite, first in {name}: use an earlier checkpoint')
+    return model.eval()

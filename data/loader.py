@@ -25,6 +25,12 @@ def dataset_folder(name):
     return Path(name) if os.sep in name else Path(__file__).parent / name
 
 
+def prepare_command(folder):
+    """What makes the dataset in `folder`, as far as it is known here."""
+    known = sorted(str(script) for script in Path(__file__).parent.glob('*/prepare.py'))
+    return next((f'python {script}' for script in known if Path(script).parent == folder), 'one of ' + ', '.join(f'python {script}' for script in known))
+
+
 def read_meta(folder):
     """Returns the dict in meta.json with at least tokenizer, vocab_size and eot, or GPT-2's where there is no such file."""
     path = Path(folder) / 'meta.json'
@@ -35,6 +41,8 @@ def read_meta(folder):
             raise UserError(f"{path} lacks {', '.join(missing)}: make the dataset again with its prepare.py")
         if type(meta['vocab_size']) is not int or not 2 <= meta['vocab_size'] <= 65536:
             raise UserError(f"{path}: vocab_size is {meta['vocab_size']!r}, expected a whole number from 2 to 65536 (ids are uint16)")
+        if type(meta['eot']) is not int or not 0 <= meta['eot'] < meta['vocab_size']:
+            raise UserError(f"{path}: eot is {meta['eot']!r}, expected a token id below vocab_size = {meta['vocab_size']}")
         return meta
     except FileNotFoundError:
         return dict(GPT2_META)
@@ -48,7 +56,11 @@ def encoding(tokenizer):
         return tiktoken.Encoding('bytes', pat_str=r'[\s\S]', mergeable_ranks={bytes([i]): i for i in range(256)},
                                  special_tokens={END_OF_TEXT: 256})
     if tokenizer == 'gpt2':
-        return tiktoken.get_encoding('gpt2')
+        try:
+            return tiktoken.get_encoding('gpt2')
+        except Exception as error:  # tiktoken downloads the BPE files, and raises whatever its HTTP library raised
+            raise UserError(f"GPT-2's BPE files are not at hand ({type(error).__name__}): connect once, point TIKTOKEN_CACHE_DIR to a folder that has them, "
+                            'or use the tokenizer bytes') from None
     raise UserError(f"unknown tokenizer '{tokenizer}': expected gpt2 or bytes")
 
 
@@ -67,6 +79,11 @@ def atomic_write(path, mode='wb'):
         raise
 
 
+def philox(seed, stream):
+    """A generator that depends on (seed, stream) alone. Its raw words are the same in every version of numpy."""
+    return np.random.Philox(key=np.array([seed, stream], dtype=np.uint64))
+
+
 class Tokens:
     """One split of a dataset, opened for reading windows of block_size + 1 tokens."""
 
@@ -76,8 +93,9 @@ class Tokens:
         try:
             self.fd = os.open(self.path, os.O_RDONLY)
             size = os.fstat(self.fd).st_size
+            os.pread(self.fd, 1, 0)  # a folder can be opened, but not read
         except OSError as error:
-            raise UserError(f'cannot read {self.path} ({error.strerror}): make it with python {Path(folder) / "prepare.py"}') from None
+            raise UserError(f'cannot read {self.path} ({error.strerror}): make it with {prepare_command(Path(folder))}') from None
         if size % 2:
             raise UserError(f'{self.path} has an odd number of bytes ({size}): it is cut short or not a file of uint16 token ids')
         self.length = size // 2
@@ -89,14 +107,14 @@ class Tokens:
 
     def training_starts(self, seed, step, batch_size):
         """Returns (batch_size,) int64: where the windows of one training step begin. A longer batch begins with the same windows."""
-        raw = np.random.Philox(key=[seed, step]).random_raw(batch_size)  # raw Philox words: the same in every numpy
+        raw = philox(seed, step).random_raw(batch_size)
         return (raw % np.uint64(self.length - self.block_size)).astype(np.int64)
 
     def fixed_starts(self, count, seed=0):
         """Returns up to `count` starts of windows that do not overlap, in an order that only the seed and the file's length determine.
         Fewer come back if the file holds fewer; a larger count begins with the same windows."""
         slots = (self.length - 1) // self.block_size
-        order = np.random.Philox(key=[seed, 0]).random_raw(slots).argsort(kind='stable')
+        order = philox(seed, 0).random_raw(slots).argsort(kind='stable')
         return order[:count] * self.block_size
 
     def windows(self, starts):

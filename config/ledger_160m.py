@@ -1,0 +1,17 @@
+# The ledger: Deliberation is scratch, Commitment alone is decoded.
+# The published setting (Vemula 2026), but for the precision, bfloat16, and for weight decay, which spares vectors.
+residual = 'ledger'
+gate_rank = 64
+commit_sparsity = 0.02
+
+n_layer = 12
+n_head = 12
+n_embd = 768
+block_size = 1024
+
+dataset = 'fineweb_edu'
+
+batch_size = 24
+max_iters = 14000           # 344M tokens
+lr = 3e-4
+warmup_iters = 300

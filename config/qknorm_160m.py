@@ -1,0 +1,16 @@
+# The baseline with RMSNorm on queries and keys: a plain suppression of the outlier.
+# The published setting (Vemula 2026), but for the precision, bfloat16, and for weight decay, which spares vectors.
+residual = 'baseline'
+qk_norm = True
+
+n_layer = 12
+n_head = 12
+n_embd = 768
+block_size = 1024
+
+dataset = 'fineweb_edu'
+
+batch_size = 24
+max_iters = 14000           # 344M tokens
+lr = 3e-4
+warmup_iters = 300

@@ -1,0 +1,468 @@
+"""
+Trains one arm: one process or many, CPU or GPUs, the same run.
+
+    python train.py config/ledger_demo.py --max_iters=500                       one process
+    torchrun --nproc_per_node=8 train.py config/ledger_290m.py                  eight GPUs
+    python train.py config/ledger_demo.py --init_from=resume                    goes on exactly where it stopped
+
+Settings are the fields of Config below; a config file assigns some of them, --key=value has the last word.
+A run writes out/<name of the config file>/: log.jsonl, ckpt.pt, ckpt_prev.pt, ckpt_best.pt.
+"""
+import ast
+import difflib
+import fcntl
+import inspect
+import json
+import math
+import os
+import runpy
+import signal
+import sys
+import time
+import traceback
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from data.loader import Tokens, atomic_write, dataset_folder, read_meta
+from measure import Statistics, collect, read_log, training_record
+from model import GPT, GPTConfig, DamagedCheckpoint, RESIDUALS, UserError, build_model, load_checkpoint
+
+
+@dataclass
+class Config:
+    # the arm
+    residual: str = 'baseline'     # or 'ledger': any name in model.RESIDUALS
+    qk_norm: bool = False          # RMSNorm on each head's queries and keys: a plain suppression of the outlier
+    gate_rank: int = 64            # ledger: keeps its parameter count within 8% of the baseline's
+    commit_sparsity: float = 0.02  # ledger: α, the price of committing
+    decode_gamma: float = 0.0      # ledger: γ, 0 decodes C alone, which is the point of the experiment
+    bf16_streams: bool = False     # the residual streams' precision, in every arm: False is float32
+    # its size
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    block_size: int = 1024         # tokens a sequence
+    # the data
+    dataset: str = 'fineweb_edu'   # data/<dataset>/, or a path if it has a slash
+    # the step
+    batch_size: int = 24           # sequences a step, over all processes
+    micro_batch: int = 0           # sequences that one process puts through the model at once; 0: all that it has
+    max_iters: int = 14000         # 344M tokens
+    lr: float = 3e-4               # at its peak
+    warmup_iters: int = 300        # linear, from nothing
+    min_lr_ratio: float = 0.1      # cosine from lr to this share of it at max_iters
+    weight_decay: float = 0.1      # matrices and embeddings only: gate biases, gains, λ and w_c never decay
+    beta1: float = 0.9
+    beta2: float = 0.999
+    grad_clip: float = 1.0         # largest L2 norm of all gradients together
+    seed: int = 1337               # of the weights and of the windows
+    # the record
+    out_dir: str = ''              # '': out/<name of the config file>
+    init_from: str = 'scratch'     # 'resume' goes on from out_dir's checkpoint; 'auto' does if there is one
+    log_interval: int = 10         # steps between lines on the console
+    eval_interval: int = 500       # steps between lines in log.jsonl; also at step 0, at powers of two and at the end
+    eval_sequences: int = 128      # fixed windows of each split for the losses; the first 64 of val for the streams
+    ckpt_interval: int = 1000      # steps between checkpoints
+    snapshots: str = ''            # '0,500': iterations whose weights are kept as ckpt_<iter>.pt
+    # the machine
+    device: str = 'auto'           # cuda if there is one, else cpu
+    dtype: str = 'auto'            # of autocast: bfloat16 on cuda, float32 (none) on cpu
+    compile: bool = True           # torch.compile; a minute well spent, except for the smallest runs
+
+    def __post_init__(self):
+        for name, low in {'batch_size': 1, 'max_iters': 1, 'log_interval': 1, 'eval_interval': 1, 'eval_sequences': 1, 'ckpt_interval': 1,
+                          'micro_batch': 0, 'warmup_iters': 0, 'seed': 0, 'weight_decay': 0, 'min_lr_ratio': 0, 'beta1': 0, 'beta2': 0}.items():
+            if not low <= getattr(self, name) < math.inf:
+                raise UserError(f'{name} is {getattr(self, name)}: expected at least {low}')
+        for name, choices in {'init_from': ('scratch', 'resume', 'auto'), 'device': ('auto', 'cpu', 'cuda'), 'dtype': ('auto', 'float32', 'bfloat16')}.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name} is '{getattr(self, name)}': expected one of {', '.join(choices)}")
+        for name, high in {'lr': math.inf, 'grad_clip': math.inf}.items():
+            if not 0 < getattr(self, name) < high:
+                raise UserError(f'{name} is {getattr(self, name)}: expected a number above 0')
+        for name in ('beta1', 'beta2'):
+            if getattr(self, name) >= 1:
+                raise UserError(f'{name} is {getattr(self, name)}: expected less than 1')
+        if not all(part.strip().isdecimal() for part in self.snapshots.split(',') if self.snapshots):
+            raise UserError(f"snapshots is '{self.snapshots}': expected iterations with commas between, like 0,500")
+        self.model_config(2)  # says what is wrong with the model's settings
+
+    def model_config(self, vocab_size):
+        return GPTConfig(vocab_size=vocab_size, **{f.name: getattr(self, f.name) for f in fields(GPTConfig) if f.name != 'vocab_size'})
+
+
+# What may differ between a checkpoint and the command that resumes it: none of it changes a step that has been taken.
+FREE_TO_CHANGE = ('max_iters', 'out_dir', 'init_from', 'log_interval', 'eval_interval', 'ckpt_interval', 'snapshots', 'device', 'compile', 'micro_batch')
+PEAK_FLOPS = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12}  # dense bfloat16, from the vendor's data sheets
+MEASURED_SEQUENCES = 64  # windows of the short measurement in log.jsonl
+
+
+def read_config(argv):
+    """Returns the Config of a command line: at most one config file, and --key=value. Every name must be a setting that the arm uses."""
+    types = {f.name: f.type for f in fields(Config)}
+    values = {}
+
+    def put(key, value, where):
+        if key not in types:
+            near = difflib.get_close_matches(key, types, 1, 0.5)
+            raise UserError(f"{where}: there is no setting '{key}'" + (f", did you mean '{near[0]}'?" if near else ': the first screen of train.py lists them'))
+        expected = types[key]
+        if expected is float and type(value) is int:
+            value = float(value)
+        if type(value) is not expected:
+            words = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text in quotes'}[expected]
+            raise UserError(f'{where}: {key} is {value!r}, expected {words}, like {getattr(Config, key)!r}')
+        values[key] = value
+
+    files = [arg for arg in argv if not arg.startswith('--')]
+    if len(files) > 1:
+        raise UserError(f"two config files ({', '.join(files)}): name one, and settings as --key=value")
+    for file in files:
+        try:
+            names = runpy.run_path(file)
+        except FileNotFoundError:
+            raise UserError(f'there is no config file {file}: see config/') from None
+        except Exception as error:  # a config file is the user's own Python: whatever it raises is said in one line
+            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+            raise UserError(f"{file}, line {getattr(error, 'lineno', None) or lines[-1] if lines else '?'}: {type(error).__name__}: {error}") from None
+        for key, value in names.items():
+            if not key.startswith('_') and type(value).__name__ != 'module':
+                put(key, value, file)
+    seen = set()
+    for arg in argv:
+        if arg.startswith('--'):
+            key, equals, text = arg[2:].partition('=')
+            if not equals or key in seen:
+                raise UserError(f'{arg}: ' + ('given twice' if key in seen else 'write settings as --key=value'))
+            seen.add(key)
+            value = text
+            if types.get(key, str) is not str:
+                try:
+                    value = ast.literal_eval(text)
+                except (ValueError, SyntaxError):
+                    pass
+                if types[key] is int and type(value) is float and value.is_integer():
+                    value = int(value)  # 1e3
+            put(key, value, arg)
+    config = Config(**values)
+    for name, operator in RESIDUALS.items():
+        idle = [key for key in operator.settings if key in values and key not in RESIDUALS[config.residual].settings]
+        if idle:
+            raise UserError(f"{idle[0]} does nothing when residual is '{config.residual}': it belongs to '{name}'")
+    if not config.out_dir:
+        config.out_dir = f'out/{Path(files[0]).stem}' if files else 'out/train'
+    return config
+
+
+class World:
+    """The processes of one run, numbered by torchrun; one process alone is a world of size 1."""
+
+    def __init__(self, device):
+        self.rank, self.size, local = (int(os.environ.get(name, default)) for name, default in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
+        gpus = torch.cuda.device_count()
+        if device == 'cuda' and local >= gpus:
+            raise UserError(f'device=cuda, but PyTorch sees {gpus} GPUs for {local + 1} or more processes on this machine: use --device=cpu, or fewer processes')
+        self.device = f'cuda:{local}' if device == 'cuda' or device == 'auto' and gpus > local else 'cpu'
+        if self.device != 'cpu':
+            torch.cuda.set_device(self.device)
+        if self.size > 1:
+            dist.init_process_group('gloo' if self.device == 'cpu' else 'cpu:gloo,cuda:nccl')
+
+    def sum(self, tensor):
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag):
+        """True on all processes if it is on one. On the CPU, so that nobody waits for a GPU."""
+        return bool(self.sum(torch.tensor(float(flag)))) if self.size > 1 else flag
+
+    def share(self, config):
+        """Returns how many sequences this process has of every step, and how many it puts through the model at once."""
+        n = config.batch_size
+        if n % self.size:
+            raise UserError(f'batch_size = {n} cannot be shared by {self.size} processes: it can by {", ".join(str(k) for k in range(1, n + 1) if n % k == 0)}')
+        mine = n // self.size
+        micro_batch = min(config.micro_batch or mine, mine)
+        if mine % micro_batch:
+            raise UserError(f'micro_batch = {micro_batch} does not divide the {mine} sequences that each of {self.size} processes has of batch_size = {n}')
+        return mine, micro_batch
+
+
+def open_data(config, world):
+    """Returns {'train': Tokens, 'val': Tokens} and the dataset's meta. The demo's data is made here if it is missing."""
+    folder = dataset_folder(config.dataset)
+    if config.dataset == 'pysource_demo' and not (folder / 'train.bin').exists():
+        if world.rank == 0:
+            from data.pysource import prepare
+            prepare.main(prepare.DEMO)
+        world.any(False)  # the others wait
+    meta = read_meta(folder)
+    return {split: Tokens(folder, split, config.block_size, meta['vocab_size']) for split in ('train', 'val')}, meta
+
+
+def make_optimizer(model, config):
+    """AdamW. Matrices and embeddings decay; vectors (biases, gains, λ, w_c) do not."""
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim >= 2) == wanted] for wanted in (True, False))
+    groups = [{'params': matrices, 'weight_decay': config.weight_decay}, {'params': vectors, 'weight_decay': 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+
+
+def learning_rate(it, config):
+    """Linear warm-up to lr, then a cosine to min_lr_ratio · lr at max_iters."""
+    if it < config.warmup_iters:
+        return config.lr * (it + 1) / config.warmup_iters
+    progress = min(1.0, (it - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters))
+    low = config.min_lr_ratio * config.lr
+    return low + (config.lr - low) * (1 + math.cos(math.pi * progress)) / 2
+
+
+class Run:
+    """One training run: the model, its optimizer, its data and its folder."""
+
+    def __init__(self, config):
+        self.config, self.world = config, World(config.device)
+        self.mine, self.micro_batch = self.world.share(config)
+        self.tokens, meta = open_data(config, self.world)
+        self.out = Path(config.out_dir)
+        cuda = self.world.device != 'cpu'
+        self.dtype = config.dtype if config.dtype != 'auto' else 'bfloat16' if cuda else 'float32'
+        torch.manual_seed(config.seed)
+        self.model = GPT(config.model_config(meta['vocab_size'])).to(self.world.device)
+        self.optimizer = make_optimizer(self.model, config)
+        self.step_model = torch.compile(self.model, fullgraph=True, dynamic=False) if config.compile else self.model
+        self.wrapped = DistributedDataParallel(self.step_model, gradient_as_bucket_view=True) if self.world.size > 1 else self.step_model
+        self.constants = {'model_args': asdict(self.model.config), 'config': asdict(config), 'data_sha256': meta.get('sha256')}
+        self.iter_num, self.val_loss, self.best_val_loss = 0, math.inf, math.inf
+        self.broken = torch.zeros((), device=self.world.device)      # becomes 1 at the first gradient that is not finite, and stays
+        self.good_steps = torch.zeros((), device=self.world.device)  # steps before that
+        self.newest_is_whole = True                                  # ckpt.pt, that is: what cannot be read is not kept as ckpt_prev.pt
+        self.optimizer.found_inf = self.broken                       # fused AdamW leaves the weights alone while this is 1
+
+    def autocast(self):
+        return torch.autocast(self.world.device.split(':')[0], torch.bfloat16) if self.dtype == 'bfloat16' else nullcontext()
+
+    def windows(self, split, starts):
+        """Returns inputs and targets on the device, without waiting for the copy."""
+        pair = self.tokens[split].windows(starts)
+        return pair if self.world.device == 'cpu' else [t.pin_memory().to(self.world.device, non_blocking=True) for t in pair]
+
+    def step(self):
+        """One update of the weights. Returns the mean loss of this process's sequences and the commit rates, still on the device."""
+        lr = learning_rate(self.iter_num, self.config)
+        for group in self.optimizer.param_groups:
+            group['lr'] = lr
+        starts = self.tokens['train'].training_starts(self.config.seed, self.iter_num, self.config.batch_size)
+        starts = starts[self.world.rank * self.mine:][:self.mine]
+        losses = 0
+        for i in range(0, self.mine, self.micro_batch):
+            last = i + self.micro_batch == self.mine
+            x, y = self.windows('train', starts[i:i + self.micro_batch])
+            with nullcontext() if last or self.world.size == 1 else self.wrapped.no_sync():
+                with self.autocast():
+                    objective, loss, commit_rate = self.wrapped(x, y)
+                (objective * (self.micro_batch / self.mine)).backward()
+            losses = losses + torch.cat([loss.detach()[None], commit_rate.detach()]) * (self.micro_batch / self.mine)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        self.broken.copy_(torch.maximum(self.broken, (~norm.isfinite()).float()))
+        self.good_steps += 1 - self.broken
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.iter_num += 1
+        return losses
+
+    def check_finite(self, first_step):
+        """Waits for the device. Raises if a gradient has not been finite; no weight has changed since then."""
+        if self.broken.item():
+            it = first_step + int(self.good_steps.item())
+            raise UserError(f'the loss or a gradient of step {it} is not finite; no weight has changed since, and the checkpoints in {self.out} are from before it: '
+                            f'resume with a lower --lr')
+
+    def losses(self, split):
+        """Returns the loss on the first eval_sequences fixed windows and the commit rate of each sublayer, as one list."""
+        starts, n = self.tokens[split].fixed_starts(self.config.eval_sequences), self.micro_batch
+        total = 0
+        for i in range(0, len(starts), n * self.world.size):
+            chunk = starts[i + n * self.world.rank:][:n]
+            model = self.step_model if len(chunk) == n else self.model   # the compiled graph has one shape
+            with torch.set_grad_enabled(self.config.compile), self.autocast():  # and one mode: evaluating in it spares a second compilation
+                _, loss, commit_rate = model(*self.windows(split, chunk if len(chunk) else starts[:1]))
+            total = total + torch.cat([loss.detach()[None], commit_rate.detach()]).double() * (len(chunk) / len(starts))
+        return self.world.sum(total).tolist()
+
+    def streams(self):
+        """Returns the short measurement of every stream on the fixed windows, in the precision of training."""
+        tokens, statistics = self.tokens['val'], Statistics(topk=3)
+        with self.autocast():
+            collect(self.model, tokens, tokens.fixed_starts(MEASURED_SEQUENCES)[self.world.rank::self.world.size], 8, statistics)
+        if self.world.size > 1:
+            parts = [None] * self.world.size
+            dist.all_gather_object(parts, {name: total.cpu() for name, total in statistics.sums.items()})
+            statistics.sums = {name: sum(part[name] for part in parts if part) for name in parts[0]}
+        return training_record(statistics, RESIDUALS[self.config.residual].streams)
+
+    def evaluate(self, speed):
+        """Returns a line of log.jsonl. speed: {'tokens_per_s', 'mfu'} of the steps since the last."""
+        (train_loss, *_), (self.val_loss, *commit_rate) = self.losses('train'), self.losses('val')
+        return {'iter': self.iter_num, 'tokens': self.iter_num * self.config.batch_size * self.config.block_size,
+                'train_loss': train_loss, 'val_loss': self.val_loss, 'lr': learning_rate(self.iter_num, self.config), 'commit_rate': commit_rate, **speed,
+                'precision': f"{self.dtype} autocast, {'bfloat16' if self.config.bf16_streams else 'float32'} streams", 'streams': self.streams()}
+
+    def save(self):
+        """Writes ckpt.pt and, if this is the best so far, ckpt_best.pt; what was ckpt.pt becomes ckpt_prev.pt."""
+        weights = {'model': self.model.state_dict(), 'iter_num': self.iter_num, 'val_loss': self.val_loss, **self.constants}
+        if self.val_loss < self.best_val_loss:
+            self.best_val_loss = self.val_loss
+            self.write('ckpt_best.pt', weights)
+        newest = self.out / 'ckpt.pt'
+        self.write('ckpt_new.pt', {**weights, 'optimizer': self.optimizer.state_dict(), 'best_val_loss': self.best_val_loss})
+        if newest.exists() and self.newest_is_whole:
+            os.replace(newest, self.out / 'ckpt_prev.pt')
+        os.replace(self.out / 'ckpt_new.pt', newest)
+        self.newest_is_whole = True
+
+    def write(self, name, payload):
+        try:
+            with atomic_write(self.out / name) as file:
+                torch.save(payload, file)
+        except (OSError, RuntimeError) as error:  # torch.save turns a failing write into a RuntimeError
+            size = sum(p.numel() * p.element_size() for p in self.model.parameters()) * (3 if 'optimizer' in payload else 1)
+            raise UserError(f'cannot write {self.out / name} ({error}): it needs about {size:,} bytes; the checkpoints that were there are whole. '
+                            'Make room, then go on with --init_from=resume') from None
+
+    def open_folder(self):
+        """Makes out_dir this run's own, and starts in it or goes on from its newest whole checkpoint. Returns whether this iteration is in the log."""
+        if self.world.rank == 0:
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+                self.lock = open(self.out / 'lock', 'w')  # held until this process ends, however it ends
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f'another run is writing to {self.out}: wait for it, or name another --out_dir') from None
+            except OSError as error:
+                raise UserError(f'cannot write to {self.out} ({error.strerror}): name another --out_dir') from None
+        found = [self.out / name for name in ('ckpt.pt', 'ckpt_prev.pt') if (self.out / name).exists()]
+        if found and self.config.init_from == 'scratch':
+            raise UserError(f'{self.out} holds a run already: go on with --init_from=resume, or name another --out_dir')
+        if not found and self.config.init_from == 'resume':
+            raise UserError(f'there is no checkpoint in {self.out} to resume: start without --init_from=resume')
+        for path in found:
+            try:
+                self.restore(load_checkpoint(path, mmap=False), path)
+                break
+            except DamagedCheckpoint as error:
+                if path == found[-1] and self.config.init_from == 'resume':
+                    raise
+                self.say(f'{error}')
+                self.newest_is_whole = False
+        if self.world.rank > 0:
+            return False
+        lines = [line for line in read_log(self.out / 'log.jsonl') if line['iter'] <= self.iter_num > 0]
+        with atomic_write(self.out / 'log.jsonl', 'w') as file:  # lines past the checkpoint go: their steps will be taken again
+            file.writelines(json.dumps(line) + '\n' for line in lines)
+        return any(line['iter'] == self.iter_num for line in lines)
+
+    def restore(self, checkpoint, path):
+        """Puts the state of a checkpoint in place, unless it belongs to another run than this one's config describes."""
+        old, new = ({**checkpoint['config'], 'data_sha256': checkpoint.get('data_sha256')}, {**asdict(self.config), 'data_sha256': self.constants['data_sha256']})
+        changed = [f'{key} {old.get(key)!r} → {value!r}' for key, value in new.items() if old.get(key) != value]
+        refused = [change for change in changed if change.split()[0] not in FREE_TO_CHANGE]
+        if refused:
+            raise UserError(f"{path} belongs to another run ({', '.join(refused)}): give it those settings, or name another --out_dir")
+        build_model(checkpoint, path)  # says what is wrong with the weights, before anything is replaced
+        self.model.load_state_dict(checkpoint['model'])
+        self.optimizer.load_state_dict(checkpoint['optimizer'])
+        self.iter_num, self.val_loss, self.best_val_loss = (checkpoint[key] for key in ('iter_num', 'val_loss', 'best_val_loss'))
+        self.say(f"resuming {path} at iteration {self.iter_num}" + ''.join(f', {change}' for change in changed))
+
+    def say(self, text):
+        if self.world.rank == 0:
+            print(text, flush=True)
+
+
+def console_line(it, config, loss, commit_rate, ms, tokens_per_s, mfu):
+    left = int((config.max_iters - it) * ms / 1000)
+    return (f"iter {it:6d}/{config.max_iters} | loss {loss:.4f} | lr {learning_rate(it - 1, config):.2e} | {ms:.0f} ms | {tokens_per_s / 1e3:,.1f}k tok/s | "
+            f"mfu {'n/a' if mfu is None else f'{mfu:.1%}'} | commit {'n/a' if not commit_rate else f'{sum(commit_rate) / len(commit_rate):.3f}'} | left {left // 60}m{left % 60:02d}s")
+
+
+def train(config):
+    run = Run(config)
+    world = run.world
+    logged = world.any(run.open_folder())
+    first = run.iter_num
+    received = []  # signals, as they come; acted on when a step is whole
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: received.append(number))
+    snapshots = {int(part) for part in config.snapshots.split(',') if part}
+    run.say(f"{config.out_dir}: {config.residual}, {run.model.num_params() / 1e6:.1f}M parameters, {world.size} processes on {world.device}, "
+            f"{config.batch_size} sequences of {config.block_size} tokens a step as {world.size} × {run.mine // run.micro_batch} × {run.micro_batch}, {run.dtype}")
+    tokens_per_step = config.batch_size * config.block_size
+    peak = next((peak for gpu, peak in PEAK_FLOPS.items() if world.device != 'cpu' and gpu in torch.cuda.get_device_name()), None)
+
+    def speed(steps, seconds):
+        """Returns tokens/s over all processes and the share of the GPUs' bfloat16 peak, None where it is not known."""
+        rate = steps * tokens_per_step / seconds
+        return {'tokens_per_s': round(rate) or None, 'mfu': peak and rate * run.model.flops_per_token() / (peak * world.size)}
+
+    clock, steps, trained = time.perf_counter(), 0, [0, 0.0]  # since the last console line; [steps, seconds] since the last evaluation
+    while True:
+        it, stopping = run.iter_num, world.any(bool(received))
+        saving = it > first and (it % config.ckpt_interval == 0 or it == config.max_iters)
+        if (it % config.eval_interval == 0 or it & (it - 1) == 0 or it == config.max_iters or saving) and not (logged and it == first):
+            run.check_finite(first)
+            trained = [trained[0] + steps, trained[1] + time.perf_counter() - clock]
+            line = run.evaluate(speed(*trained))
+            run.say(f"iter {it:6d}/{config.max_iters} | train loss {line['train_loss']:.4f} | val loss {line['val_loss']:.4f}")
+            if world.rank == 0:
+                with open(run.out / 'log.jsonl', 'a') as file:
+                    file.write(json.dumps(line) + '\n')
+                    file.flush()
+                    os.fsync(file.fileno())  # before the checkpoint that says that it is there
+            clock, steps, trained = time.perf_counter(), 0, [0, 0.0]
+        if it in snapshots and world.rank == 0:
+            run.write(f'ckpt_{it}.pt', {'model': run.model.state_dict(), 'iter_num': it, 'val_loss': run.val_loss, **run.constants})
+        if saving or stopping and it > first:
+            run.check_finite(first)
+            if world.rank == 0:
+                run.save()
+        if stopping or it == config.max_iters:
+            break
+        losses = run.step()
+        steps += 1
+        if run.iter_num % config.log_interval == 0 or run.iter_num == first + 1:
+            loss, *commit_rate = (world.sum(losses) / world.size).tolist()  # waits for the device
+            run.check_finite(first)
+            seconds = time.perf_counter() - clock
+            s = speed(steps, seconds)
+            run.say(console_line(run.iter_num, config, loss, commit_rate, 1000 * seconds / steps, **s))
+            trained = [trained[0] + steps, trained[1] + seconds]
+            clock, steps = time.perf_counter(), 0
+    if world.size > 1:
+        dist.destroy_process_group()
+    if stopping and it < config.max_iters:
+        run.say(f'stopped by {signal.Signals(received[0]).name if received else "another process"} after iteration {it}: go on with --init_from=resume')
+        sys.exit(128 + (received[0] if received else signal.SIGTERM))
+    run.say(f'done: val loss {run.val_loss:.4f}; next: python measure.py --ckpt {config.out_dir}')
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if {'-h', '--help'} & set(argv):
+        print(__doc__ + inspect.getsource(Config).partition('    def ')[0])
+        return
+    try:
+        train(read_config(argv))
+    except UserError as error:
+        sys.exit(f'error: {error}')
+    except torch.cuda.OutOfMemoryError:
+        sys.exit('error: the GPU has too little memory for this micro_batch: lower it with --micro_batch, the run stays the same')
+
+
+if __name__ == '__main__':
+    main()
