@@ -508,7 +508,7 @@ def run(argv):
             json.dump(report, file, indent=1)
         draw_profile(name, report, out / f'profile{suffix}.png')
         draw_landscape(name, report, landscapes, out / f'landscape{suffix}.png')
-        if log := read_log(path.parent / 'log.jsonl'):
+        if log := path.stem == 'ckpt' and read_log(path.parent / 'log.jsonl'):
             draw_series(name, log, out / f'series{suffix}.png')
         print_run(name, report, meta['tokenizer'])
         print(f'written: {out}/measure{suffix}.json, profile{suffix}.png, landscape{suffix}.png' + f', series{suffix}.png' * bool(log))

@@ -62,7 +62,7 @@ class Config:
     grad_clip: float = 1.0         # largest L2 norm of all gradients together
     seed: int = 1337               # of the weights and of the windows
     # the record
-    out_dir: str = ''              # '': out/<name of the config file>
+    out_dir: str = ''              # '': out/<name of the config file, or else of the residual>
     init_from: str = 'scratch'     # 'resume' goes on from out_dir's checkpoint; 'auto' does if there is one
     log_interval: int = 10         # steps between lines on the console
     eval_interval: int = 500       # steps between lines in log.jsonl; also at step 0, at powers of two and at the end
@@ -75,20 +75,17 @@ class Config:
     compile: bool = True           # torch.compile; a minute well spent, except for the smallest runs
 
     def __post_init__(self):
-        for name, low in {'batch_size': 1, 'max_iters': 1, 'log_interval': 1, 'eval_interval': 1, 'eval_sequences': 1, 'ckpt_interval': 1,
-                          'micro_batch': 0, 'warmup_iters': 0, 'seed': 0, 'weight_decay': 0, 'min_lr_ratio': 0, 'beta1': 0, 'beta2': 0}.items():
-            if not low <= getattr(self, name) < math.inf:
-                raise UserError(f'{name} is {getattr(self, name)}: expected at least {low}')
+        positive = ('lr', 'grad_clip', 'batch_size', 'max_iters', 'log_interval', 'eval_interval', 'eval_sequences', 'ckpt_interval')
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type in (int, float) and not (0 < value < math.inf if f.name in positive else 0 <= value < math.inf):
+                raise UserError(f"{f.name} is {value}: expected a number {'above 0' if f.name in positive else 'of 0 or more'}")
         for name, choices in {'init_from': ('scratch', 'resume', 'auto'), 'device': ('auto', 'cpu', 'cuda'), 'dtype': ('auto', 'float32', 'bfloat16')}.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"{name} is '{getattr(self, name)}': expected one of {', '.join(choices)}")
-        for name, high in {'lr': math.inf, 'grad_clip': math.inf}.items():
-            if not 0 < getattr(self, name) < high:
-                raise UserError(f'{name} is {getattr(self, name)}: expected a number above 0')
-        for name in ('beta1', 'beta2'):
-            if getattr(self, name) >= 1:
-                raise UserError(f'{name} is {getattr(self, name)}: expected less than 1')
-        if not all(part.strip().isdecimal() for part in self.snapshots.split(',') if self.snapshots):
+        if max(self.beta1, self.beta2) >= 1 or self.seed >= 2**63:
+            raise UserError(f'beta1 = {self.beta1}, beta2 = {self.beta2}, seed = {self.seed}: expected betas below 1 and a seed below 2⁶³')
+        if not all(part.isdecimal() for part in self.snapshots.split(',') if self.snapshots):
             raise UserError(f"snapshots is '{self.snapshots}': expected iterations with commas between, like 0,500")
         self.model_config(2)  # says what is wrong with the model's settings
 
@@ -102,60 +99,56 @@ PEAK_FLOPS = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12}  # dense bfloat16,
 MEASURED_SEQUENCES = 64  # windows of the short measurement in log.jsonl
 
 
+def run_config_file(file):
+    """Returns the names that a config file assigns. It is the user's own Python: whatever it raises is said in one line."""
+    try:
+        names = runpy.run_path(file)
+    except FileNotFoundError:
+        raise UserError(f'there is no config file {file}: config/ holds one for each arm and scale') from None
+    except Exception as error:
+        lines = [getattr(error, 'lineno', None)] + [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        raise UserError(f"{file}, line {next(filter(None, lines[::-1]), '?')}: {type(error).__name__}: {error}") from None
+    return {key: value for key, value in names.items() if not key.startswith('_') and type(value) is not type(sys)}
+
+
+def parse_value(text, expected):
+    """Returns the text of --key=text as the type that the setting has, or as it stands if it has no such form."""
+    if expected is str:
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+    return int(value) if expected is int and type(value) is float and value.is_integer() else value  # 1e3
+
+
 def read_config(argv):
-    """Returns the Config of a command line: at most one config file, and --key=value. Every name must be a setting that the arm uses."""
+    """Returns the Config of a command line: at most one config file, then --key=value. Every name must be a setting that the arm uses."""
     types = {f.name: f.type for f in fields(Config)}
-    values = {}
-
-    def put(key, value, where):
-        if key not in types:
-            near = difflib.get_close_matches(key, types, 1, 0.5)
-            raise UserError(f"{where}: there is no setting '{key}'" + (f", did you mean '{near[0]}'?" if near else ': the first screen of train.py lists them'))
-        expected = types[key]
-        if expected is float and type(value) is int:
-            value = float(value)
-        if type(value) is not expected:
-            words = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text in quotes'}[expected]
-            raise UserError(f'{where}: {key} is {value!r}, expected {words}, like {getattr(Config, key)!r}')
-        values[key] = value
-
     files = [arg for arg in argv if not arg.startswith('--')]
     if len(files) > 1:
-        raise UserError(f"two config files ({', '.join(files)}): name one, and settings as --key=value")
-    for file in files:
-        try:
-            names = runpy.run_path(file)
-        except FileNotFoundError:
-            raise UserError(f'there is no config file {file}: see config/') from None
-        except Exception as error:  # a config file is the user's own Python: whatever it raises is said in one line
-            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-            raise UserError(f"{file}, line {getattr(error, 'lineno', None) or lines[-1] if lines else '?'}: {type(error).__name__}: {error}") from None
-        for key, value in names.items():
-            if not key.startswith('_') and type(value).__name__ != 'module':
-                put(key, value, file)
-    seen = set()
-    for arg in argv:
-        if arg.startswith('--'):
-            key, equals, text = arg[2:].partition('=')
-            if not equals or key in seen:
-                raise UserError(f'{arg}: ' + ('given twice' if key in seen else 'write settings as --key=value'))
-            seen.add(key)
-            value = text
-            if types.get(key, str) is not str:
-                try:
-                    value = ast.literal_eval(text)
-                except (ValueError, SyntaxError):
-                    pass
-                if types[key] is int and type(value) is float and value.is_integer():
-                    value = int(value)  # 1e3
-            put(key, value, arg)
+        raise UserError(f"more than one config file ({', '.join(files)}): name one, and settings as --key=value")
+    given = [(file, key, value) for file in files for key, value in run_config_file(file).items()]
+    flags = [(arg, *arg[2:].partition('=')) for arg in argv if arg.startswith('--')]
+    for arg, key, equals, text in flags:
+        if not equals or [flag[1] for flag in flags].count(key) > 1:
+            raise UserError(f'{arg}: write every setting once, as --key=value')
+        given.append((arg, key, parse_value(text, types.get(key, str))))
+    values = {}
+    for where, key, value in given:
+        if key not in types:
+            near = difflib.get_close_matches(key, types, 1, 0.5)
+            raise UserError(f"{where}: there is no setting '{key}'" + (f", did you mean '{near[0]}'?" if near else ': python train.py --help lists them'))
+        values[key] = float(value) if types[key] is float and type(value) is int else value
+        if type(values[key]) is not types[key]:
+            words = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text in quotes'}[types[key]]
+            raise UserError(f'{where}: {key} is {value!r}, expected {words}, like {getattr(Config, key)!r}')
     config = Config(**values)
     for name, operator in RESIDUALS.items():
         idle = [key for key in operator.settings if key in values and key not in RESIDUALS[config.residual].settings]
         if idle:
-            raise UserError(f"{idle[0]} does nothing when residual is '{config.residual}': it belongs to '{name}'")
-    if not config.out_dir:
-        config.out_dir = f'out/{Path(files[0]).stem}' if files else 'out/train'
+            raise UserError(f"{idle[0]} does nothing where residual is '{config.residual}': it belongs to '{name}'")
+    config.out_dir = config.out_dir or f'out/{Path(files[0]).stem if files else config.residual}'
     return config
 
 
@@ -252,36 +245,57 @@ class Run:
         pair = self.tokens[split].windows(starts)
         return pair if self.world.device == 'cpu' else [t.pin_memory().to(self.world.device, non_blocking=True) for t in pair]
 
+    def micro_batches(self, it):
+        """Yields inputs and targets of step `it`, as much at once as this process puts through the model."""
+        starts = self.tokens['train'].training_starts(self.config.seed, it, self.config.batch_size)[self.world.rank * self.mine:][:self.mine]
+        for i in range(0, self.mine, self.micro_batch):
+            yield self.windows('train', starts[i:i + self.micro_batch])
+
     def step(self):
         """One update of the weights. Returns the mean loss of this process's sequences and the commit rates, still on the device."""
-        lr = learning_rate(self.iter_num, self.config)
         for group in self.optimizer.param_groups:
-            group['lr'] = lr
-        starts = self.tokens['train'].training_starts(self.config.seed, self.iter_num, self.config.batch_size)
-        starts = starts[self.world.rank * self.mine:][:self.mine]
-        losses = 0
-        for i in range(0, self.mine, self.micro_batch):
-            last = i + self.micro_batch == self.mine
-            x, y = self.windows('train', starts[i:i + self.micro_batch])
-            with nullcontext() if last or self.world.size == 1 else self.wrapped.no_sync():
+            group['lr'] = learning_rate(self.iter_num, self.config)
+        share, total = self.micro_batch / self.mine, 0
+        for i, (x, y) in enumerate(self.micro_batches(self.iter_num), 1):
+            with nullcontext() if i * self.micro_batch == self.mine or self.world.size == 1 else self.wrapped.no_sync():  # gradients are exchanged once a step
                 with self.autocast():
                     objective, loss, commit_rate = self.wrapped(x, y)
-                (objective * (self.micro_batch / self.mine)).backward()
-            losses = losses + torch.cat([loss.detach()[None], commit_rate.detach()]) * (self.micro_batch / self.mine)
+                (objective * share).backward()
+            total = total + torch.cat([loss.detach()[None], commit_rate.detach()]) * share
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self.broken.copy_(torch.maximum(self.broken, (~norm.isfinite()).float()))
         self.good_steps += 1 - self.broken
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.iter_num += 1
-        return losses
+        return total
 
-    def check_finite(self, first_step):
-        """Waits for the device. Raises if a gradient has not been finite; no weight has changed since then."""
+    def check_finite(self, first):
+        """Waits for the device. Raises if a gradient was not finite at some step since `first`; no weight has changed since then."""
         if self.broken.item():
-            it = first_step + int(self.good_steps.item())
-            raise UserError(f'the loss or a gradient of step {it} is not finite; no weight has changed since, and the checkpoints in {self.out} are from before it: '
-                            f'resume with a lower --lr')
+            it = first + int(self.good_steps.item())
+            raise UserError(f'step {it} is not finite, first in {self.first_not_finite(it)}; no weight has changed since, and the checkpoints in {self.out} are from '
+                            'before it: start again with a lower --lr in another --out_dir')
+
+    def first_not_finite(self, it):
+        """Takes step `it` again, uncompiled, without an update. Returns the name of what is first not finite, in the order of computing."""
+        found = []
+
+        def watch(name):
+            def hook(module, args, output):
+                tensors = [output] if torch.is_tensor(output) else [x for part in output if part is not None for x in (part.values() if isinstance(part, dict) else [part])]
+                if not all(x.isfinite().all() for x in tensors):
+                    found.append(f'the output of {name}' if name else 'the loss')
+            return hook
+
+        handles = [module.register_forward_hook(watch(name)) for name, module in self.model.named_modules()]
+        for x, y in self.micro_batches(it):
+            with self.autocast():
+                self.model(x, y)[0].backward()
+        for handle in handles:
+            handle.remove()
+        found += [f'the gradient of {name}' for name, p in reversed(list(self.model.named_parameters())) if p.grad is not None and not p.grad.isfinite().all()]
+        return found[0] if found else 'a gradient of another process'
 
     def losses(self, split):
         """Returns the loss on the first eval_sequences fixed windows and the commit rate of each sublayer, as one list."""
@@ -306,34 +320,35 @@ class Run:
             statistics.sums = {name: sum(part[name] for part in parts if part) for name in parts[0]}
         return training_record(statistics, RESIDUALS[self.config.residual].streams)
 
-    def evaluate(self, speed):
-        """Returns a line of log.jsonl. speed: {'tokens_per_s', 'mfu'} of the steps since the last."""
+    def evaluate(self):
+        """Returns a line of log.jsonl but for the speed of training."""
         (train_loss, *_), (self.val_loss, *commit_rate) = self.losses('train'), self.losses('val')
+        begin = time.perf_counter()
         return {'iter': self.iter_num, 'tokens': self.iter_num * self.config.batch_size * self.config.block_size,
-                'train_loss': train_loss, 'val_loss': self.val_loss, 'lr': learning_rate(self.iter_num, self.config), 'commit_rate': commit_rate, **speed,
-                'precision': f"{self.dtype} autocast, {'bfloat16' if self.config.bf16_streams else 'float32'} streams", 'streams': self.streams()}
+                'train_loss': train_loss, 'val_loss': self.val_loss, 'lr': learning_rate(self.iter_num, self.config), 'commit_rate': commit_rate,
+                'precision': f"{self.dtype} autocast, {'bfloat16' if self.config.bf16_streams else 'float32'} streams",
+                'streams': self.streams(), 'streams_s': round(time.perf_counter() - begin, 3)}
+
+    def write(self, name, **more):
+        """Writes a checkpoint of the weights and `more`."""
+        try:
+            with atomic_write(self.out / name) as file:
+                torch.save({'model': self.model.state_dict(), 'iter_num': self.iter_num, 'val_loss': self.val_loss, **self.constants, **more}, file)
+        except (OSError, RuntimeError) as error:  # torch.save turns a failing write into a RuntimeError
+            size = sum(p.numel() * p.element_size() for p in self.model.parameters()) * (3 if 'optimizer' in more else 1)
+            raise UserError(f'cannot write {self.out / name}, which needs about {size:,} bytes ({str(error).splitlines()[0]}): the checkpoints that were there are whole; '
+                            'make room, then go on with --init_from=resume') from None
 
     def save(self):
         """Writes ckpt.pt and, if this is the best so far, ckpt_best.pt; what was ckpt.pt becomes ckpt_prev.pt."""
-        weights = {'model': self.model.state_dict(), 'iter_num': self.iter_num, 'val_loss': self.val_loss, **self.constants}
         if self.val_loss < self.best_val_loss:
             self.best_val_loss = self.val_loss
-            self.write('ckpt_best.pt', weights)
-        newest = self.out / 'ckpt.pt'
-        self.write('ckpt_new.pt', {**weights, 'optimizer': self.optimizer.state_dict(), 'best_val_loss': self.best_val_loss})
-        if newest.exists() and self.newest_is_whole:
-            os.replace(newest, self.out / 'ckpt_prev.pt')
-        os.replace(self.out / 'ckpt_new.pt', newest)
+            self.write('ckpt_best.pt')
+        self.write('ckpt_new.pt', optimizer=self.optimizer.state_dict(), best_val_loss=self.best_val_loss)
+        if (self.out / 'ckpt.pt').exists() and self.newest_is_whole:
+            os.replace(self.out / 'ckpt.pt', self.out / 'ckpt_prev.pt')
+        os.replace(self.out / 'ckpt_new.pt', self.out / 'ckpt.pt')
         self.newest_is_whole = True
-
-    def write(self, name, payload):
-        try:
-            with atomic_write(self.out / name) as file:
-                torch.save(payload, file)
-        except (OSError, RuntimeError) as error:  # torch.save turns a failing write into a RuntimeError
-            size = sum(p.numel() * p.element_size() for p in self.model.parameters()) * (3 if 'optimizer' in payload else 1)
-            raise UserError(f'cannot write {self.out / name} ({error}): it needs about {size:,} bytes; the checkpoints that were there are whole. '
-                            'Make room, then go on with --init_from=resume') from None
 
     def open_folder(self):
         """Makes out_dir this run's own, and starts in it or goes on from its newest whole checkpoint. Returns whether this iteration is in the log."""
@@ -385,69 +400,71 @@ class Run:
             print(text, flush=True)
 
 
+    def log(self, line):
+        if self.world.rank == 0:
+            with open(self.out / 'log.jsonl', 'a') as file:
+                file.write(json.dumps(line) + '\n')
+                file.flush()
+                os.fsync(file.fileno())  # before the checkpoint that relies on it
+
+    def speed(self, steps, seconds):
+        """Returns tokens/s over all processes, and their share of the GPUs' bfloat16 peak or None where that is not known."""
+        rate = steps * self.config.batch_size * self.config.block_size / seconds
+        name = torch.cuda.get_device_name() if self.world.device != 'cpu' else ''
+        peak = next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
+        return {'tokens_per_s': round(rate), 'mfu': peak and round(rate * self.model.flops_per_token() / (peak * self.world.size), 4)}
+
+
 def console_line(it, config, loss, commit_rate, ms, tokens_per_s, mfu):
-    left = int((config.max_iters - it) * ms / 1000)
-    return (f"iter {it:6d}/{config.max_iters} | loss {loss:.4f} | lr {learning_rate(it - 1, config):.2e} | {ms:.0f} ms | {tokens_per_s / 1e3:,.1f}k tok/s | "
-            f"mfu {'n/a' if mfu is None else f'{mfu:.1%}'} | commit {'n/a' if not commit_rate else f'{sum(commit_rate) / len(commit_rate):.3f}'} | left {left // 60}m{left % 60:02d}s")
+    left = round((config.max_iters - it) * ms / 1000)
+    commit, mfu = f'{sum(commit_rate) / len(commit_rate):.3f}' if commit_rate else 'n/a', 'n/a' if mfu is None else f'{mfu:.1%}'
+    return (f'iter {it:6d}/{config.max_iters} | loss {loss:.4f} | lr {learning_rate(it - 1, config):.2e} | {ms:.0f} ms | {tokens_per_s / 1e3:,.1f}k tok/s | '
+            f'mfu {mfu} | commit {commit} | left {left // 60}m{left % 60:02d}s')
 
 
 def train(config):
     run = Run(config)
-    world = run.world
-    logged = world.any(run.open_folder())
-    first = run.iter_num
+    world, logged = run.world, run.world.any(run.open_folder())
+    first, snapshots = run.iter_num, {int(part) for part in config.snapshots.split(',') if part}
     received = []  # signals, as they come; acted on when a step is whole
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: received.append(number))
-    snapshots = {int(part) for part in config.snapshots.split(',') if part}
-    run.say(f"{config.out_dir}: {config.residual}, {run.model.num_params() / 1e6:.1f}M parameters, {world.size} processes on {world.device}, "
-            f"{config.batch_size} sequences of {config.block_size} tokens a step as {world.size} × {run.mine // run.micro_batch} × {run.micro_batch}, {run.dtype}")
-    tokens_per_step = config.batch_size * config.block_size
-    peak = next((peak for gpu, peak in PEAK_FLOPS.items() if world.device != 'cpu' and gpu in torch.cuda.get_device_name()), None)
-
-    def speed(steps, seconds):
-        """Returns tokens/s over all processes and the share of the GPUs' bfloat16 peak, None where it is not known."""
-        rate = steps * tokens_per_step / seconds
-        return {'tokens_per_s': round(rate) or None, 'mfu': peak and rate * run.model.flops_per_token() / (peak * world.size)}
-
-    clock, steps, trained = time.perf_counter(), 0, [0, 0.0]  # since the last console line; [steps, seconds] since the last evaluation
+    run.say(f'{config.out_dir}: {config.residual}, {run.model.num_params() / 1e6:.1f}M parameters, {run.dtype}, {world.size} processes on {world.device}, '
+            f'{config.batch_size} sequences of {config.block_size} tokens a step as {world.size} × {run.mine // run.micro_batch} × {run.micro_batch}')
+    clock, steps = time.perf_counter(), 0  # since the last line on the console
+    trained = [0, 0.0]                     # steps and seconds since the last evaluation
     while True:
         it, stopping = run.iter_num, world.any(bool(received))
         saving = it > first and (it % config.ckpt_interval == 0 or it == config.max_iters)
-        if (it % config.eval_interval == 0 or it & (it - 1) == 0 or it == config.max_iters or saving) and not (logged and it == first):
+        if (saving or it % config.eval_interval == 0 or it & (it - 1) == 0 or it == config.max_iters) and not (logged and it == first):
             run.check_finite(first)
             trained = [trained[0] + steps, trained[1] + time.perf_counter() - clock]
-            line = run.evaluate(speed(*trained))
+            line = run.evaluate()
+            run.log({**line, **run.speed(*trained)})
             run.say(f"iter {it:6d}/{config.max_iters} | train loss {line['train_loss']:.4f} | val loss {line['val_loss']:.4f}")
-            if world.rank == 0:
-                with open(run.out / 'log.jsonl', 'a') as file:
-                    file.write(json.dumps(line) + '\n')
-                    file.flush()
-                    os.fsync(file.fileno())  # before the checkpoint that says that it is there
             clock, steps, trained = time.perf_counter(), 0, [0, 0.0]
         if it in snapshots and world.rank == 0:
-            run.write(f'ckpt_{it}.pt', {'model': run.model.state_dict(), 'iter_num': it, 'val_loss': run.val_loss, **run.constants})
+            run.write(f'ckpt_{it}.pt')
         if saving or stopping and it > first:
             run.check_finite(first)
             if world.rank == 0:
                 run.save()
-        if stopping or it == config.max_iters:
+        if stopping or it >= config.max_iters:
             break
         losses = run.step()
         steps += 1
         if run.iter_num % config.log_interval == 0 or run.iter_num == first + 1:
-            loss, *commit_rate = (world.sum(losses) / world.size).tolist()  # waits for the device
+            loss, *commit_rate = (world.sum(losses) / world.size).tolist()
             run.check_finite(first)
             seconds = time.perf_counter() - clock
-            s = speed(steps, seconds)
-            run.say(console_line(run.iter_num, config, loss, commit_rate, 1000 * seconds / steps, **s))
-            trained = [trained[0] + steps, trained[1] + seconds]
-            clock, steps = time.perf_counter(), 0
+            run.say(console_line(run.iter_num, config, loss, commit_rate, 1000 * seconds / steps, **run.speed(steps, seconds)))
+            clock, steps, trained = time.perf_counter(), 0, [trained[0] + steps, trained[1] + seconds]
     if world.size > 1:
         dist.destroy_process_group()
     if stopping and it < config.max_iters:
-        run.say(f'stopped by {signal.Signals(received[0]).name if received else "another process"} after iteration {it}: go on with --init_from=resume')
-        sys.exit(128 + (received[0] if received else signal.SIGTERM))
+        number = received[0] if received else signal.SIGTERM
+        run.say(f'stopped by {signal.Signals(number).name} after iteration {it}: go on with --init_from=resume')
+        sys.exit(128 + number)
     run.say(f'done: val loss {run.val_loss:.4f}; next: python measure.py --ckpt {config.out_dir}')
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import GPT, GPTConfig, RESIDUALS, Baseline, UserError
+from model import GPT, GPTConfig, RESIDUALS, Baseline, RMSNorm, UserError
 
 SMALL = dict(block_size=8, vocab_size=13, n_layer=2, n_head=2, n_embd=12, gate_rank=5)
 ARMS = {
@@ -310,11 +310,16 @@ def test_bf16_autocast_trains_close_to_float32_with_streams_in_the_precision_ask
     assert {x.dtype for streams, _ in seen for x in streams.values()} == {precision}
 
 
+def test_norms_of_a_bf16_stream_are_computed_in_float32():
+    norm, x = RMSNorm(64), torch.linspace(-1, 1, 64).bfloat16()
+    assert distance(norm(x).detach(), rms_norm(x.double().numpy(), 1)) < 1e-6
+
+
 @pytest.mark.gpu
 @every_arm
 @pytest.mark.parametrize('bf16_streams', [False, True])
 def test_compiled_bf16_on_a_gpu_trains_close_to_eager_float32(arm, bf16_streams):
-    model = shaken(std=0.1, dtype=torch.float32, n_embd=64, block_size=64, bf16_streams=bf16_streams, **ARMS[arm])
+    model = shaken(std=0.1, dtype=torch.float32, n_layer=1, n_embd=64, block_size=64, bf16_streams=bf16_streams, **ARMS[arm])
     exact = twin(model, bf16_streams=False)
     model.compile(fullgraph=True)
     assert_bf16_is_close_to_float32(model, exact, 'cuda')
@@ -335,6 +340,21 @@ def test_the_objective_adds_the_weighted_mean_gate_to_the_cross_entropy_that_is_
     else:
         assert distance(commit_rate, [gate.mean() for _, gate in seen]) < 1e-10
         assert distance(objective, loss + alpha * np.mean([gate.numpy() for _, gate in seen])) < 1e-10
+
+
+@every_arm
+def test_gradients_are_the_slope_of_the_objective(arm):
+    model = shaken(commit_sparsity=0.3, **ARMS[arm])
+    idx, targets = batch(model.config)
+    _, gradients = loss_and_gradients(model, idx, targets)
+    direction = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+
+    def objective(step):
+        moved = {name: p.detach() + step * direction[name] for name, p in model.named_parameters()}
+        return torch.func.functional_call(model, moved, (idx, targets))[0].item()
+
+    slope = sum((gradient * direction[name]).sum().item() for name, gradient in gradients.items())
+    assert (objective(1e-6) - objective(-1e-6)) / 2e-6 == pytest.approx(slope, rel=1e-6)
 
 
 def weights_of_products(config):
