@@ -13,6 +13,7 @@ torch.set_num_threads(2)
 
 def pytest_addoption(parser):
     parser.addoption('--slow', action='store_true', help='also run the tests marked slow')
+    parser.addoption('--runs', type=int, default=3, help='how often the kill test kills its run (default 3; 50 by hand)')
 
 
 def pytest_configure(config):

@@ -282,6 +282,7 @@ def test_at_the_first_backward_pass_only_what_meets_a_zero_map_or_a_zero_C_has_n
 def test_the_compiled_model_is_one_graph_with_the_eager_loss_and_gradients(arm):
     model = shaken(std=0.3, dtype=torch.float32, n_layer=1, **ARMS[arm])
     compiled = twin(model)
+    torch.compiler.reset()  # or the compilations of all tests count against one limit
     compiled.compile(fullgraph=True, options={'cpp.simdlen': 1})  # scalar code: g++ needs a third less time
     loss, gradients = loss_and_gradients(model, *batch(model.config))
     compiled_loss, compiled_gradients = loss_and_gradients(compiled, *batch(model.config))
@@ -321,6 +322,7 @@ def test_norms_of_a_bf16_stream_are_computed_in_float32():
 def test_compiled_bf16_on_a_gpu_trains_close_to_eager_float32(arm, bf16_streams):
     model = shaken(std=0.1, dtype=torch.float32, n_layer=1, n_embd=64, block_size=64, bf16_streams=bf16_streams, **ARMS[arm])
     exact = twin(model, bf16_streams=False)
+    torch.compiler.reset()  # or the compilations of all tests count against one limit
     model.compile(fullgraph=True)
     assert_bf16_is_close_to_float32(model, exact, 'cuda')
 
