@@ -70,17 +70,29 @@ def topk_first(flat, k):
 
 
 def row_median(flat):
-    """flat: (B, n). Returns (B,): the median of each row, the mean of the two middle values where n is even."""
+    """flat: (B, n) float32, non-negative. Returns (B,): the median of each row, the mean of the two middle values where n is even."""
     n = flat.shape[1]
     if flat.device.type == 'cpu':  # numpy selects seven times faster than torch does there
         part = np.partition(flat.numpy(), n // 2, axis=1)
         upper = part[:, n // 2]
         return torch.from_numpy(upper if n % 2 else (part[:, :n // 2].max(1) + upper) / 2)
-    lower = flat.median(1).values
-    if n % 2:
-        return lower
-    above = torch.where(flat > lower[:, None], flat, math.inf).amin(1)
-    return torch.where((flat <= lower[:, None]).sum(1) > n // 2, lower, (lower + above) / 2)
+    lower = bisected_median(flat)
+    above = torch.where(flat > lower, flat, math.inf).amin(1, keepdim=True)
+    more = (flat <= lower).sum(1, keepdim=True) > n // 2  # the lower middle value is the upper one too
+    return (lower if n % 2 else torch.where(more, lower, (lower + above) / 2))[:, 0]
+
+
+def bisected_median(flat):
+    """flat: (B, n) float32, non-negative. Returns (B, 1): the lower middle value of each row, exactly. Non-negative floats sort as
+    their bits do, so 31 halvings of the range of bits find it, each a count over all rows at once: a GPU selects one row at a time."""
+    n, bits = flat.shape[1], flat.view(torch.int32)
+    low = torch.zeros_like(bits[:, :1])
+    high = torch.full_like(low, 0x7F800000)  # infinity
+    for _ in range(31):
+        middle = low + (high - low) // 2
+        enough = (bits <= middle).sum(1, keepdim=True) > (n - 1) // 2
+        low, high = torch.where(enough, low, middle + 1), torch.where(enough, middle, high)
+    return low.view(torch.float32)
 
 
 def sequence_statistics(x, k):
@@ -96,7 +108,7 @@ def sequence_statistics(x, k):
         'median': median,
         'max_over_median': top[:, 0] / median,                                                                # Gallego-Feliciano et al. 2025, eq. 6
         'massive_count': ((flat > 100) & (flat >= 1000 * median[:, None])).sum(1),                            # Sun et al. 2024, §2
-        'kurtosis': (squares.square().mean(-1).double() / squares.mean(-1).double().square() - 3).mean(1),    # excess, over dimensions. Vemula 2026
+        'kurtosis': ((squares / squares.mean(-1, keepdim=True)).square().mean(-1).double() - 3).mean(1),         # excess, over dimensions. Vemula 2026
         'norm': torch.linalg.vector_norm(x, dim=-1).mean(1),
         'top1_at_start': index[:, 0] < x.shape[2],
         **{f'top{i + 1}': top[:, i] for i in range(k)}}
@@ -147,8 +159,9 @@ class Statistics:
 
     def mean(self, name):
         """Returns (R, …) float64 numpy: the weighted mean over sequences in each replicate."""
-        total = self.sums[name].cpu().numpy()
-        return total / self.sums['weight'].cpu().numpy().reshape(-1, *[1] * (total.ndim - 1))
+        total, weight = self.sums[name].cpu().numpy(), self.sums['weight'].cpu().numpy()
+        drawn = weight > 0  # of few sequences, a replicate may have drawn none: it says nothing
+        return total[drawn] / weight[drawn].reshape(-1, *[1] * (total.ndim - 1))
 
     def stream(self, stream):
         """Returns {quantity: (R, S), or (R,) for what belongs to the whole stream} for every row of the README's table."""
@@ -183,7 +196,7 @@ def headline(values, quoted_at=None):
     Returns what measure.json says of it; low and high are the 2.5% and 97.5% quantiles over the bootstrap's replicates."""
     sublayer = last = None
     if values.ndim == 2:
-        peak = quoted_at.argmax(1)
+        peak = np.where(np.isfinite(quoted_at), quoted_at, -np.inf).argmax(1)
         sublayer, last = int(peak[0]), number(values[0, -1])
         values = np.take_along_axis(values, peak[:, None], 1)[:, 0]
     low, high = np.quantile(values[1:], (0.025, 0.975))
@@ -298,9 +311,16 @@ def landscape(model, idx, sublayers):
     return caught
 
 
+def short(x, digits):
+    """x with so many significant digits in at most digits + 5 characters; '–' for None."""
+    if x is None:
+        return '–'
+    return f'{x:.{digits}g}' if x == 0 or 0.01 <= abs(x) < 10**digits else f'{x:.{digits - 2}e}'.replace('e+0', 'e').replace('e-0', 'e-')
+
+
 def cell(q):
-    """'12.3 [11.9, 12.8]', or '–' where a quantity is not finite."""
-    return '–' if None in (q['value'], q['low'], q['high']) else f"{q['value']:.4g} [{q['low']:.3g}, {q['high']:.3g}]"
+    """'12.3 [11.9, 12.8]' of a headline."""
+    return f"{short(q['value'], 4)} [{short(q['low'], 3)}, {short(q['high'], 3)}]"
 
 
 def print_run(name, report, tokenizer):
@@ -308,18 +328,17 @@ def print_run(name, report, tokenizer):
     data, streams, sink = report['data'], report['streams'], report['attention_sink']
     print(f"\n{name}, iteration {report['iter_num']}: {data['sequences']} sequences of {data['block_size']} tokens, {data['name']} {data['split']}, seed {data['seed']}")
     print(f"loss {cell(report['loss'])} nats per token; {cell(sink['fraction_of_heads'])} of the heads are attention sinks")
-    print(f"{'':22}" + ''.join(f"{stream + ' (decoded)' * s['decoded']:28}{'at':7}{'last':9}" for stream, s in streams.items()).rstrip())
+    print(f"{'':22}" + ''.join(f"{stream + ' (decoded)' * s['decoded']:28}{'at':8}{'last':8}" for stream, s in streams.items()).rstrip())
     for key, label in HEADLINES.items():
         row = f'{label:22}'
         for s in streams.values():
-            q = s[key]
-            row += f'{cell(q):28}'
-            row += f"{s['sublayers'][q['sublayer']]['kind']} {q['sublayer']}".ljust(7) + (f"{q['last']:.4g}" if q['last'] is not None else '–').ljust(9) if q['sublayer'] is not None else ' ' * 16
+            at = '' if s[key]['sublayer'] is None else f"{s['sublayers'][s[key]['sublayer']]['kind']} {s[key]['sublayer']}"
+            row += f"{cell(s[key]):28}{at:8}{short(s[key]['last'], 3) if at else '':8}"
         print(row.rstrip())
     for stream, s in streams.items():
         top = s['sublayers'][s['peak_sublayer']]['top'][0]
-        print(f"{stream}: dominant dimension {s['dominant_dim']}, start dimension {s['start_dim']}; largest after sublayer {s['peak_sublayer']}: "
-              f"{top['value']:.4g} in dimension {top['dim']} at position {top['position']}, {token_text(tokenizer, top['token'])}")
+        print(f"{stream}: dominant dimension {s['dominant_dim']}, start dimension {s['start_dim']}; after sublayer {s['peak_sublayer']} at most "
+              f"{short(top['value'], 4)}: dimension {top['dim']}, position {top['position']}, {token_text(tokenizer, top['token'])}")
 
 
 def token_text(tokenizer, token):
@@ -400,14 +419,15 @@ def draw_landscape(name, report, landscapes, path):
             peak = report['streams'][stream]['sublayers'][report['streams'][stream]['peak_sublayer']]
             blocks = [np.arange(0, n, max(1, n // 256)) for n in a.shape]  # their maxima are drawn: a single large entry must not fall between pixels
             pooled = np.maximum.reduceat(np.maximum.reduceat(a, blocks[0], 0), blocks[1], 1)
-            mesh = image.imshow(pooled.T, norm=LogNorm(pooled.max() / 1e3), cmap='cividis', aspect='auto', origin='lower', extent=(0, a.shape[0], 0, a.shape[1]))
+            largest = pooled.max() or 1
+            mesh = image.imshow(pooled.T, norm=LogNorm(largest / 1e3, largest), cmap='cividis', aspect='auto', origin='lower', extent=(0, a.shape[0], 0, a.shape[1]))
             image.annotate(f'{a.max():.3g} in dimension {dim} at position {position}', (position, dim), (0.25, 0.92), textcoords='axes fraction',
                            arrowprops=dict(arrowstyle='->'), bbox=dict(facecolor='white'))
             image.set(title=f"{stream} after {peak['kind']} {peak['sublayer']}", xlabel='position (tokens)', ylabel='dimension')
             image.figure.colorbar(mesh, ax=image, label='magnitude')
             margin.plot(a.max(1), color='#0072B2', label='by position (largest over dimensions)')
             margin.plot(a.max(0), color='#D55E00', linestyle='--', linewidth=0.8, label='by dimension (largest over positions)')
-            margin.set(title='the same, from both sides', xlabel='position or dimension', ylabel='largest magnitude', xscale='symlog', yscale='log')
+            margin.set(title='the same, from both sides', xlabel='position or dimension', ylabel='largest magnitude', xscale='symlog', yscale='log' if a.any() else 'linear')
             margin.margins(y=0.3)
             margin.legend(fontsize='small')
 
@@ -418,7 +438,7 @@ def draw_comparison(rows, path):
     with figure(path, 'decoded stream of each run, bars: 95% intervals over sequences', 2, math.ceil(len(columns) / 2), (3.8, 1.2 + 0.35 * len(rows))) as axes:
         for axis, column in zip(axes, columns):
             for y, (stream, quantities) in enumerate(rows.values()):
-                q = quantities[column]
+                q = {key: math.nan if value is None else value for key, value in quantities[column].items()}
                 axis.plot([q['low'], q['high']], [y, y], color='#999999', linewidth=4)
                 axis.plot(q['value'], y, **{**STREAM_STYLE.get(stream, {}), 'linestyle': ''})
             axis.set(title=column, ylim=(len(rows) - 0.5, -0.5))
@@ -442,15 +462,13 @@ def draw_series(name, log, path):
 
 
 def read_log(path):
-    """Returns the whole lines of a log.jsonl, or [] where there is none; a line that is still being written is left out."""
-    if not path.exists():
+    """Returns the lines of a log.jsonl, or [] where there is none; a last line that is not whole is left out."""
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith('\n')]
+    except FileNotFoundError:
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith('\n')]
-
-
-def run_name(path):
-    """out/ledger_160m/ckpt.pt → ledger_160m, out/ledger_160m/ckpt_500.pt → ledger_160m_500."""
-    return path.resolve().parent.name + path.stem.removeprefix('ckpt')
+    except ValueError as error:
+        raise UserError(f'{path} is not JSON in every line ({error}): move it away, and the run goes on with a new one') from None
 
 
 def parse_arguments(argv):
@@ -476,46 +494,56 @@ def parse_arguments(argv):
     return args
 
 
-def check_data(runs, args):
-    """Refuses what would compare apples with pears: runs whose tokens are not those of each other, or not those they were trained on."""
-    known = {}
-    for path, checkpoint in runs.items():
-        folder = dataset_folder(args.data or checkpoint['config']['dataset'])
-        known[path] = read_meta(folder).get('sha256')
-        trained_on = checkpoint.get('data_sha256')
-        if not args.data and not args.force and trained_on and known[path] != trained_on:
-            raise UserError(f'{folder} is not the data that {path} was trained on (sha256 differs): its validation text may have been trained on; make it again, or add --force')
-    if not args.force and len({json.dumps(sha, sort_keys=True) for sha in known.values()}) > 1:
-        raise UserError(f"{' and '.join(map(str, known))} have different data (sha256): name one set with --data, or add --force")
+def open_runs(args):
+    """Returns {name: (path, checkpoint, tokens, tokenizer)} of all that --ckpt names. Refuses what would compare apples with pears:
+    runs whose data are not the same, or not those that they were trained on."""
+    paths = {path.resolve(): path for path in find_checkpoints(args.ckpt)}
+    names = [path.parent.name for path in paths]
+    if len(set(zip(names, (path.stem for path in paths)))) < len(paths):
+        names = ['_'.join(path.parent.parts[-2:]) for path in paths]
+    runs, data = {}, set()
+    for path, name in zip(paths.values(), names):
+        checkpoint = load_checkpoint(path)
+        folder, model_args = dataset_folder(args.data or checkpoint['config']['dataset']), checkpoint['model_args']
+        meta = read_meta(folder)
+        tokens = Tokens(folder, args.split, model_args['block_size'], meta['vocab_size'])
+        if meta['vocab_size'] != model_args['vocab_size']:
+            raise UserError(f"{folder} has a vocabulary of {meta['vocab_size']}, {path} one of {model_args['vocab_size']}: name its data with --data")
+        if args.topk > (size := model_args['block_size'] * model_args['n_embd']):
+            raise UserError(f'--topk={args.topk}, but a sequence of {path} has {size} magnitudes: ask for fewer')
+        sha256 = meta.get('sha256')
+        if not args.data and not args.force and checkpoint.get('data_sha256') not in (None, sha256):
+            raise UserError(f'{folder} is not the data that {path} was trained on (sha256 differs), so its validation text may have been trained on: '
+                            'make it as it was, or add --force')
+        data.add(json.dumps(sha256, sort_keys=True))
+        runs[name + path.stem.removeprefix('ckpt')] = path, checkpoint, tokens, meta['tokenizer']
+    if len(data) > 1 and not args.force:
+        raise UserError(f"{', '.join(runs)} have different data (sha256): name one set with --data, or add --force")
+    return runs
 
 
 def run(argv):
     args = parse_arguments(argv)
-    runs = {path: load_checkpoint(path) for path in find_checkpoints(args.ckpt)}
-    check_data(runs, args)
-    reports = {}
-    for path, checkpoint in runs.items():
-        folder = dataset_folder(args.data or checkpoint['config']['dataset'])
-        meta, name = read_meta(folder), run_name(path)
-        if meta['vocab_size'] != checkpoint['model_args']['vocab_size']:
-            raise UserError(f"{folder} has a vocabulary of {meta['vocab_size']}, {path} one of {checkpoint['model_args']['vocab_size']}: name its data with --data")
-        tokens = Tokens(folder, args.split, checkpoint['model_args']['block_size'], meta['vocab_size'])
-        report, landscapes = measure(checkpoint, path, tokens, args)
-        reports[name] = report
+    runs, reports = open_runs(args), {}
+    for name, (path, checkpoint, tokens, tokenizer) in runs.items():
         out, suffix = (args.out / name, '') if args.out else (path.parent, path.stem.removeprefix('ckpt'))
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f'cannot write to {out} ({error.strerror}): name another folder with --out') from None
+        reports[name], landscapes = measure(checkpoint, path, tokens, args)
         with atomic_write(out / f'measure{suffix}.json', 'w') as file:
-            json.dump(report, file, indent=1)
-        draw_profile(name, report, out / f'profile{suffix}.png')
-        draw_landscape(name, report, landscapes, out / f'landscape{suffix}.png')
+            json.dump(reports[name], file, indent=1)
+        draw_profile(name, reports[name], out / f'profile{suffix}.png')
+        draw_landscape(name, reports[name], landscapes, out / f'landscape{suffix}.png')
         if log := path.stem == 'ckpt' and read_log(path.parent / 'log.jsonl'):
-            draw_series(name, log, out / f'series{suffix}.png')
-        print_run(name, report, meta['tokenizer'])
-        print(f'written: {out}/measure{suffix}.json, profile{suffix}.png, landscape{suffix}.png' + f', series{suffix}.png' * bool(log))
+            draw_series(name, log, out / 'series.png')
+        print_run(name, reports[name], tokenizer)
+        print(f'written: {os.path.relpath(out)}/measure{suffix}.json, profile{suffix}.png, landscape{suffix}.png' + ', series.png' * bool(log))
     if len(reports) > 1:
-        out = args.out or Path(os.path.commonpath([path.parent.parent for path in runs]))
+        out = args.out or Path(os.path.commonpath([path.resolve().parent.parent for path, *_ in runs.values()]))
         draw_comparison(print_comparison(reports), out / 'comparison.png')
-        print(f'written: {out}/comparison.png')
+        print(f'written: {os.path.relpath(out)}/comparison.png')
 
 
 def main(argv=None):
@@ -525,6 +553,8 @@ def main(argv=None):
         run(argv)
     except UserError as error:
         sys.exit(f'error: {error}')
+    except torch.cuda.OutOfMemoryError:
+        sys.exit('error: the GPU has too little free memory for this model in float32: use --device=cpu')
 
 
 if __name__ == '__main__':

@@ -10,8 +10,9 @@ What differs from a textbook GPT-2:
 
 Shapes: B sequences, T tokens, d = n_embd, r = gate_rank, V = vocab_size; sublayers s = 0 … 2·n_layer − 1, attention first.
 """
-import pickle
-from dataclasses import dataclass, fields
+import math
+import zipfile
+from dataclasses import asdict, dataclass, fields
 
 import torch
 import torch.nn as nn
@@ -51,8 +52,8 @@ class GPTConfig:
             raise UserError(f"residual is '{self.residual}': expected one of {', '.join(RESIDUALS)}")
         if self.n_embd % self.n_head:
             raise UserError(f'n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}: every head has n_embd / n_head dimensions')
-        if self.commit_sparsity < 0:
-            raise UserError(f'commit_sparsity is {self.commit_sparsity}: expected 0 or more')
+        if not 0 <= self.commit_sparsity < math.inf or not math.isfinite(self.decode_gamma):
+            raise UserError(f'commit_sparsity is {self.commit_sparsity}, decode_gamma {self.decode_gamma}: expected finite numbers, the first 0 or more')
 
 
 def linear(n_in, n_out, bias=False, std=0.02):
@@ -264,17 +265,27 @@ class GPT(nn.Module):
         return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
 
 
-def load_checkpoint(path, mmap=True):
-    """Returns the dict that train.py saved in `path`; executes nothing that the file may carry. mmap: tensors stay on disk until used."""
+def load_checkpoint(path):
+    """Returns the dict that train.py saved in `path`; executes nothing that the file may carry, and notices a flipped bit."""
     try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
+        with open(path, 'rb') as file:  # opened once: a run that is writing its next checkpoint does not change what is read here
+            if zipfile.ZipFile(file).testzip():
+                raise ValueError('a checksum is wrong')
+            file.seek(0)
+            checkpoint = torch.load(file, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise UserError(f'there is no checkpoint {path}: train one with python train.py config/<arm>_<scale>.py') from None
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
+    except Exception:  # a damaged file makes zipfile and torch.load raise almost anything
         raise DamagedCheckpoint(f'{path} is not a whole checkpoint of tensors and plain values, and nothing in it was executed: '
                                 'use ckpt_prev.pt beside it, or train again') from None
     if not isinstance(checkpoint, dict) or not {'model', 'model_args', 'iter_num', 'config'} <= checkpoint.keys():
         raise DamagedCheckpoint(f'{path} was not written by this train.py: model, model_args, iter_num or config is missing from it')
+    try:
+        size = {key: checkpoint['model_args'][key] for key in ('residual', 'vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd')}
+        checkpoint['model_args'] = asdict(GPTConfig(**{**checkpoint['model_args'], **size}))
+        checkpoint['config']['dataset'] + ''  # is text
+    except (UserError, TypeError, KeyError) as error:
+        raise DamagedCheckpoint(f'{path} holds another model than this model.py builds: {error}') from None
     return checkpoint
 
 

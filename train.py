@@ -15,18 +15,20 @@ import inspect
 import json
 import math
 import os
+import re
 import runpy
 import signal
 import sys
 import time
 import traceback
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
 from data.loader import Tokens, atomic_write, dataset_folder, read_meta
 from measure import Statistics, collect, read_log, training_record
@@ -105,7 +107,7 @@ def run_config_file(file):
         names = runpy.run_path(file)
     except FileNotFoundError:
         raise UserError(f'there is no config file {file}: config/ holds one for each arm and scale') from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [getattr(error, 'lineno', None)] + [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         raise UserError(f"{file}, line {next(filter(None, lines[::-1]), '?')}: {type(error).__name__}: {error}") from None
     return {key: value for key, value in names.items() if not key.startswith('_') and type(value) is not type(sys)}
@@ -215,6 +217,16 @@ def learning_rate(it, config):
     return low + (config.lr - low) * (1 + math.cos(math.pi * progress)) / 2
 
 
+@contextmanager
+def writing(path, needs=''):
+    """Turns what a full disk or a folder that cannot be written raises into a sentence."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a failing write
+        raise UserError(f"cannot write {path}{needs} ({str(error).splitlines()[0]}): the checkpoints that were there are whole; "
+                        'make room or name another --out_dir, then go on with --init_from=resume') from None
+
+
 class Run:
     """One training run: the model, its optimizer, its data and its folder."""
 
@@ -234,6 +246,7 @@ class Run:
         self.iter_num, self.val_loss, self.best_val_loss = 0, math.inf, math.inf
         self.broken = torch.zeros((), device=self.world.device)      # becomes 1 at the first gradient that is not finite, and stays
         self.good_steps = torch.zeros((), device=self.world.device)  # steps before that
+        self.lock = None
         self.newest_is_whole = True                                  # ckpt.pt, that is: what cannot be read is not kept as ckpt_prev.pt
         self.optimizer.found_inf = self.broken                       # fused AdamW leaves the weights alone while this is 1
 
@@ -283,8 +296,7 @@ class Run:
 
         def watch(name):
             def hook(module, args, output):
-                tensors = [output] if torch.is_tensor(output) else [x for part in output if part is not None for x in (part.values() if isinstance(part, dict) else [part])]
-                if not all(x.isfinite().all() for x in tensors):
+                if not all(x.isfinite().all() for x in tree_leaves(output) if torch.is_tensor(x)):
                     found.append(f'the output of {name}' if name else 'the loss')
             return hook
 
@@ -331,17 +343,13 @@ class Run:
 
     def write(self, name, **more):
         """Writes a checkpoint of the weights and `more`."""
-        try:
-            with atomic_write(self.out / name) as file:
-                torch.save({'model': self.model.state_dict(), 'iter_num': self.iter_num, 'val_loss': self.val_loss, **self.constants, **more}, file)
-        except (OSError, RuntimeError) as error:  # torch.save turns a failing write into a RuntimeError
-            size = sum(p.numel() * p.element_size() for p in self.model.parameters()) * (3 if 'optimizer' in more else 1)
-            raise UserError(f'cannot write {self.out / name}, which needs about {size:,} bytes ({str(error).splitlines()[0]}): the checkpoints that were there are whole; '
-                            'make room, then go on with --init_from=resume') from None
+        size = sum(p.numel() * p.element_size() for p in self.model.parameters()) * (3 if 'optimizer' in more else 1)
+        with writing(self.out / name, f', which needs about {size:,} bytes'), atomic_write(self.out / name) as file:
+            torch.save({'model': self.model.state_dict(), 'iter_num': self.iter_num, 'val_loss': self.val_loss, **self.constants, **more}, file)
 
-    def save(self):
-        """Writes ckpt.pt and, if this is the best so far, ckpt_best.pt; what was ckpt.pt becomes ckpt_prev.pt."""
-        if self.val_loss < self.best_val_loss:
+    def save(self, planned=True):
+        """Writes ckpt.pt and, if it was planned and is the best so far, ckpt_best.pt; what was ckpt.pt becomes ckpt_prev.pt."""
+        if planned and self.val_loss < self.best_val_loss:
             self.best_val_loss = self.val_loss
             self.write('ckpt_best.pt')
         self.write('ckpt_new.pt', optimizer=self.optimizer.state_dict(), best_val_loss=self.best_val_loss)
@@ -352,23 +360,17 @@ class Run:
 
     def open_folder(self):
         """Makes out_dir this run's own, and starts in it or goes on from its newest whole checkpoint. Returns whether this iteration is in the log."""
-        if self.world.rank == 0:
-            try:
-                self.out.mkdir(parents=True, exist_ok=True)
-                self.lock = open(self.out / 'lock', 'w')  # held until this process ends, however it ends
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f'another run is writing to {self.out}: wait for it, or name another --out_dir') from None
-            except OSError as error:
-                raise UserError(f'cannot write to {self.out} ({error.strerror}): name another --out_dir') from None
+        if (self.out / 'lock').exists():
+            self.take_lock()
         found = [self.out / name for name in ('ckpt.pt', 'ckpt_prev.pt') if (self.out / name).exists()]
         if found and self.config.init_from == 'scratch':
             raise UserError(f'{self.out} holds a run already: go on with --init_from=resume, or name another --out_dir')
         if not found and self.config.init_from == 'resume':
             raise UserError(f'there is no checkpoint in {self.out} to resume: start without --init_from=resume')
+        self.take_lock()
         for path in found:
             try:
-                self.restore(load_checkpoint(path, mmap=False), path)
+                self.restore(load_checkpoint(path), path)
                 break
             except DamagedCheckpoint as error:
                 if path == found[-1] and self.config.init_from == 'resume':
@@ -378,22 +380,44 @@ class Run:
         if self.world.rank > 0:
             return False
         lines = [line for line in read_log(self.out / 'log.jsonl') if line['iter'] <= self.iter_num > 0]
-        with atomic_write(self.out / 'log.jsonl', 'w') as file:  # lines past the checkpoint go: their steps will be taken again
+        with writing(self.out / 'log.jsonl'), atomic_write(self.out / 'log.jsonl', 'w') as file:  # lines past the checkpoint go: their steps will be taken again
             file.writelines(json.dumps(line) + '\n' for line in lines)
         return any(line['iter'] == self.iter_num for line in lines)
 
+    def take_lock(self):
+        """Keeps other runs out of out_dir until this process ends, however it ends."""
+        if self.world.rank > 0 or self.lock:
+            return
+        with writing(self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.out / 'lock', 'a')
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f'another run is writing to {self.out}: wait for it, or name another --out_dir') from None
+
     def restore(self, checkpoint, path):
-        """Puts the state of a checkpoint in place, unless it belongs to another run than this one's config describes."""
-        old, new = ({**checkpoint['config'], 'data_sha256': checkpoint.get('data_sha256')}, {**asdict(self.config), 'data_sha256': self.constants['data_sha256']})
-        changed = [f'{key} {old.get(key)!r} → {value!r}' for key, value in new.items() if old.get(key) != value]
-        refused = [change for change in changed if change.split()[0] not in FREE_TO_CHANGE]
+        """Puts the state of a checkpoint in place, unless it is damaged or belongs to another run than this one's config describes."""
+        old, new = ({**c['config'], 'data_sha256': c.get('data_sha256'), 'vocab_size': c['model_args']['vocab_size']} for c in (checkpoint, self.constants))
+        changed = {key: f'{key} {old.get(key)!r} → {value!r}' for key, value in new.items() if old.get(key) != value}
+        refused = [text for key, text in changed.items() if key not in FREE_TO_CHANGE]
         if refused:
             raise UserError(f"{path} belongs to another run ({', '.join(refused)}): give it those settings, or name another --out_dir")
         build_model(checkpoint, path)  # says what is wrong with the weights, before anything is replaced
+        try:
+            moments, groups = checkpoint['optimizer']['state'], checkpoint['optimizer']['param_groups']
+            shapes = [p.shape for group in self.optimizer.param_groups for p in group['params']]
+            whole = [len(group['params']) for group in groups] == [len(group['params']) for group in self.optimizer.param_groups] and all(
+                moments[i][name].shape == shape and moments[i][name].isfinite().all() for i, shape in enumerate(shapes) for name in ('exp_avg', 'exp_avg_sq'))
+            it, val_loss, best = checkpoint['iter_num'] + 0, checkpoint['val_loss'] + 0.0, checkpoint['best_val_loss'] + 0.0
+        except (KeyError, TypeError, AttributeError, IndexError):
+            whole = False
+        if not whole:
+            raise DamagedCheckpoint(f'{path} lacks what a resume needs, or its optimizer belongs to another model: use ckpt_prev.pt beside it, or start again')
         self.model.load_state_dict(checkpoint['model'])
         self.optimizer.load_state_dict(checkpoint['optimizer'])
-        self.iter_num, self.val_loss, self.best_val_loss = (checkpoint[key] for key in ('iter_num', 'val_loss', 'best_val_loss'))
-        self.say(f"resuming {path} at iteration {self.iter_num}" + ''.join(f', {change}' for change in changed))
+        self.iter_num, self.val_loss, self.best_val_loss = it, val_loss, best
+        self.say(f'resuming {path} at iteration {it}' + ''.join(f', {text}' for text in changed.values()))
 
     def say(self, text):
         if self.world.rank == 0:
@@ -402,7 +426,7 @@ class Run:
 
     def log(self, line):
         if self.world.rank == 0:
-            with open(self.out / 'log.jsonl', 'a') as file:
+            with writing(self.out / 'log.jsonl'), open(self.out / 'log.jsonl', 'a') as file:
                 file.write(json.dumps(line) + '\n')
                 file.flush()
                 os.fsync(file.fileno())  # before the checkpoint that relies on it
@@ -436,7 +460,7 @@ def train(config):
     while True:
         it, stopping = run.iter_num, world.any(bool(received))
         saving = it > first and (it % config.ckpt_interval == 0 or it == config.max_iters)
-        if (saving or it % config.eval_interval == 0 or it & (it - 1) == 0 or it == config.max_iters) and not (logged and it == first):
+        if (saving or it in snapshots or it % config.eval_interval == 0 or it & (it - 1) == 0) and not (logged and it == first):
             run.check_finite(first)
             trained = [trained[0] + steps, trained[1] + time.perf_counter() - clock]
             line = run.evaluate()
@@ -447,8 +471,9 @@ def train(config):
             run.write(f'ckpt_{it}.pt')
         if saving or stopping and it > first:
             run.check_finite(first)
+            run.val_loss = run.val_loss if saving else run.losses('val')[0]
             if world.rank == 0:
-                run.save()
+                run.save(planned=saving)
         if stopping or it >= config.max_iters:
             break
         losses = run.step()
@@ -479,6 +504,10 @@ def main(argv=None):
         sys.exit(f'error: {error}')
     except torch.cuda.OutOfMemoryError:
         sys.exit('error: the GPU has too little memory for this micro_batch: lower it with --micro_batch, the run stays the same')
+    except RuntimeError as error:
+        if not dist.is_initialized() or not re.search('gloo|NCCL|[Cc]onnection', str(error)):
+            raise
+        sys.exit(f"error: another process of this run is gone ({str(error).splitlines()[0][:120]}): go on with --init_from=resume")
 
 
 if __name__ == '__main__':

@@ -1,13 +1,20 @@
 """
 Token files: from `data/<name>/{train,val}.bin` and `meta.json` to batches.
 
-- A .bin file is flat little-endian uint16 token ids, so nanoGPT's GPT-2 sets work unchanged.
+- A .bin file is flat little-endian uint16 token ids, so nanoGPT's GPT-2 sets work unchanged. Where there is no train.bin, the shards
+  *train*.bin, which carry a header, are the split as they lie; no window straddles two of them.
 - Which windows a training step sees is a pure function of (seed, step, index of the sequence in the batch).
-- Windows are read with os.pread, not mapped: a file cut short under a running job ends in a sentence, not in a signal.
+- Windows are read with os.preadv, not mapped: a file cut short under a running job ends in a sentence, not in a signal.
+- What several prepare.py need to write such files is here too.
 """
 import json
 import os
+import sys
+import time
+from bisect import bisect_right
+from collections import Counter
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +25,7 @@ from model import UserError
 
 END_OF_TEXT = '<|endoftext|>'
 GPT2_META = {'tokenizer': 'gpt2', 'vocab_size': 50257, 'eot': 50256}  # what a set without meta.json is taken to be
+SHARD_MAGIC, SHARD_HEADER = 20240520, 1024  # a shard begins with 256 little-endian int32: magic, version 1, token count, zeros; ids follow
 
 
 def dataset_folder(name):
@@ -34,6 +42,9 @@ def prepare_command(folder):
 def read_meta(folder):
     """Returns the dict in meta.json with at least tokenizer, vocab_size and eot, or GPT-2's where there is no such file."""
     path = Path(folder) / 'meta.json'
+    if not path.exists() and (Path(folder) / 'meta.pkl').exists():
+        raise UserError(f"{folder} is a character set of nanoGPT's: its meta.pkl could run any program, so it is never unpickled; "
+                        f"make the set again from its text with python {Path(__file__).parent / 'text' / 'prepare.py'} input.txt --tokenizer=bytes")
     try:
         meta = json.loads(path.read_text())
         missing = [key for key in GPT2_META if key not in meta]
@@ -64,6 +75,16 @@ def encoding(tokenizer):
     raise UserError(f"unknown tokenizer '{tokenizer}': expected gpt2 or bytes")
 
 
+def tokenize(content, bpe, end_of_text=True):
+    """content: bytes of UTF-8. Returns (n,) little-endian uint16, the end-of-text id last; special tokens in the text are plain text."""
+    text, piece = content.decode(), 500_000  # characters: a run of a million blanks overflows the stack of tiktoken's regex
+    if bpe.name == 'bytes':
+        parts = [np.frombuffer(content, dtype='u1')]  # what tiktoken would say, a hundred times as fast
+    else:
+        parts = [bpe.encode_to_numpy(text[i:i + piece], disallowed_special=()) for i in range(0, len(text), piece)]
+    return np.concatenate([*parts, [bpe.eot_token] * end_of_text]).astype('<u2')
+
+
 @contextmanager
 def atomic_write(path, mode='wb'):
     """Opens a file that appears under `path` only when it is whole and on disk; until then an older one stays as it is."""
@@ -79,55 +100,149 @@ def atomic_write(path, mode='wb'):
         raise
 
 
+def announce(out, meta):
+    """Puts the new meta.json in place of the old dataset, whose .bin files go first. The new ones lie beside and take their names afterwards:
+    cut at any point, this leaves no .bin beside a meta.json that is not its own, nor beside none, which would make it GPT-2's."""
+    for split in ('train', 'val'):
+        (out / f'{split}.bin').unlink(missing_ok=True)
+    with atomic_write(out / 'meta.json', 'w') as file:
+        json.dump(meta, file, indent=2)
+
+
+@contextmanager
+def write_dataset(out, meta):
+    """Yields append(split, tokens). The dataset replaces the one in the folder `out` when the block ends, with the dict meta as the block has
+    left it, to which counts and sha256 are added; if the block raises, the old one stays as it was."""
+    counts, sums = Counter(), {'train': sha256(), 'val': sha256()}
+
+    def append(split, tokens):
+        files[split].write(tokens)
+        sums[split].update(tokens)
+        counts[split] += len(tokens)
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with atomic_write(out / 'train.bin') as train, atomic_write(out / 'val.bin') as val:
+            files = {'train': train, 'val': val}
+            yield append
+            meta.update(train_tokens=counts['train'], val_tokens=counts['val'], sha256={f'{split}.bin': digest.hexdigest() for split, digest in sums.items()})
+            announce(out, meta)
+    except OSError as error:
+        raise UserError(f'cannot write to {out}: {error.strerror}') from None
+
+
+class Progress:
+    """Says on stderr how far something has come, how fast, and the time left: a line redrawn, or one every ten seconds where that is a file."""
+
+    def __init__(self, verb, total, unit, done=0):
+        self.verb, self.total, self.unit, self.first = verb, total, unit, done
+        self.begin = self.last = time.time()
+        self.live = sys.stderr.isatty()
+
+    def show(self, done):
+        now = time.time()
+        if now - self.last > (0.1 if self.live else 10) and done > self.first:
+            self.last, rate = now, (done - self.first) / (now - self.begin)
+            minutes, seconds = divmod(round((self.total - done) / rate), 60)
+            print(f'{self.verb} {done:,.0f} of {self.total:,.0f} {self.unit}, {rate:,.1f} {self.unit}/s, {minutes}m{seconds:02}s left',
+                  end='   \r' if self.live else '\n', file=sys.stderr, flush=True)
+
+
+def number(flag, text):
+    """'8M' is 8,000,000."""
+    unit = {'k': 1e3, 'M': 1e6, 'G': 1e9, 'B': 1e9}.get(text[-1:])
+    try:
+        return float(text[:-1]) * unit if unit else float(text)
+    except ValueError:
+        raise UserError(f"{flag} is '{text}': expected a number, as in 8000000, 800k, 8M or 1.5G") from None
+
+
 def philox(seed, stream):
     """A generator that depends on (seed, stream) alone. Its raw words are the same in every version of numpy."""
     return np.random.Philox(key=np.array([seed, stream], dtype=np.uint64))
 
 
+def shard_tokens(head):
+    """head: how a file begins, up to SHARD_HEADER bytes. Returns the token count that a shard's header promises, or None if it is no such header."""
+    if len(head) < SHARD_HEADER:
+        return None
+    magic, version, count = np.frombuffer(head, dtype='<i4', count=3).tolist()
+    return count if (magic, version) == (SHARD_MAGIC, 1) else None
+
+
 class Tokens:
-    """One split of a dataset, opened for reading windows of block_size + 1 tokens."""
+    """One split of a dataset, opened for reading windows of block_size + 1 tokens. Positions count through all of its files."""
 
     def __init__(self, folder, split, block_size, vocab_size):
         self.path = Path(folder) / f'{split}.bin'
         self.block_size, self.vocab_size = block_size, vocab_size
+        self.paths = [self.path] if self.path.exists() else sorted(Path(folder).glob(f'*{split}*.bin')) or [self.path]
+        opened = [self.open(path) for path in self.paths]
+        self.fds, self.offsets, lengths = zip(*opened)  # the offset is the byte at which a file's ids begin
+        self.lengths = np.array(lengths)
+        self.ends = self.lengths.cumsum().tolist()
+        self.length = self.ends[-1]
+
+    def open(self, path):
+        """Returns the file descriptor, where in the file the ids begin, and how many there are."""
         try:
-            self.fd = os.open(self.path, os.O_RDONLY)
-            size = os.fstat(self.fd).st_size
-            os.pread(self.fd, 1, 0)  # a folder can be opened, but not read
+            fd = os.open(path, os.O_RDONLY)
+            size, promised = os.fstat(fd).st_size, shard_tokens(os.pread(fd, SHARD_HEADER, 0))  # a folder can be opened, but not read
         except OSError as error:
-            raise UserError(f'cannot read {self.path} ({error.strerror}): make it with {prepare_command(Path(folder))}') from None
+            raise UserError(f'cannot read {path} ({error.strerror}): make it with {prepare_command(path.parent)}') from None
+        if promised is None and path != self.path:
+            raise UserError(f'{path} does not begin like a shard (magic number {SHARD_MAGIC}, version 1): without a header, a split is one file, {self.path}')
+        if promised is not None and size != SHARD_HEADER + 2 * promised:
+            raise UserError(f'{path} has {size:,} bytes, but its header promises {promised:,} tokens, which take {SHARD_HEADER + 2 * promised:,}: get it again')
         if size % 2:
-            raise UserError(f'{self.path} has an odd number of bytes ({size}): it is cut short or not a file of uint16 token ids')
-        self.length = size // 2
-        if self.length <= block_size:
-            raise UserError(f'{self.path} holds {self.length} tokens, fewer than the {block_size + 1} that one window of block_size = {block_size} needs')
+            raise UserError(f'{path} has an odd number of bytes ({size}): it is cut short or not a file of uint16 token ids')
+        offset = 0 if promised is None else SHARD_HEADER
+        length = (size - offset) // 2
+        if length <= self.block_size:
+            raise UserError(f'{path} holds {length} tokens, fewer than the {self.block_size + 1} that one window of block_size = {self.block_size} needs')
+        return fd, offset, length
 
     def close(self):
-        os.close(self.fd)
+        for fd in self.fds:
+            os.close(fd)
+
+    def place(self, numbers, each, stride=1):
+        """each: (files,) how many windows every file has, `stride` apart. Returns where the windows of these numbers begin, counted through all files."""
+        ends = each.cumsum()
+        file = ends.searchsorted(numbers, side='right')
+        return (self.lengths.cumsum() - self.lengths)[file] + (numbers - (ends - each)[file]) * stride
 
     def training_starts(self, seed, step, batch_size):
         """Returns (batch_size,) int64: where the windows of one training step begin. A longer batch begins with the same windows."""
+        each = self.lengths - self.block_size
         raw = philox(seed, step).random_raw(batch_size)
-        return (raw % np.uint64(self.length - self.block_size)).astype(np.int64)
+        return self.place((raw % np.uint64(each.sum())).astype(np.int64), each)
 
     def fixed_starts(self, count, seed=0):
-        """Returns up to `count` starts of windows that do not overlap, in an order that only the seed and the file's length determine.
-        Fewer come back if the file holds fewer; a larger count begins with the same windows."""
-        slots = (self.length - 1) // self.block_size
-        order = philox(seed, 0).random_raw(slots).argsort(kind='stable')
-        return order[:count] * self.block_size
+        """Returns up to `count` starts of windows that do not overlap, in an order that only the seed and the files' lengths determine.
+        Fewer come back if the files hold fewer; a larger count begins with the same windows."""
+        each = (self.lengths - 1) // self.block_size
+        order = philox(seed, 0).random_raw(int(each.sum())).argsort(kind='stable')
+        return self.place(order[:count], each, self.block_size)
 
     def windows(self, starts):
         """starts: (B,) token positions. Returns inputs and targets, each (B, block_size) int64; targets are the inputs' next tokens."""
         tokens = np.empty((len(starts), self.block_size + 1), dtype='<u2')
         for row, start in zip(tokens, starts):
-            data = os.pread(self.fd, row.nbytes, 2 * int(start))
-            if len(data) != row.nbytes:
-                raise UserError(f'{self.path} ends at token {int(start) + len(data) // 2} although it held {self.length} when it was opened: it was cut short under this run')
-            row[:] = np.frombuffer(data, dtype='<u2')
+            path, fd, offset, start, length = self.locate(start)
+            size = os.preadv(fd, [row], offset + 2 * start)
+            if size != row.nbytes:
+                raise UserError(f'{path} ends at token {start + size // 2} although it held {length} when it was opened: it was cut short under this run')
         if tokens.max(initial=0) >= self.vocab_size:
             row, column = np.argwhere(tokens >= self.vocab_size)[0]
-            raise UserError(f'{self.path} holds token id {tokens[row, column]} at position {int(starts[row]) + column}, beyond the vocabulary of {self.vocab_size}: '
+            path, _, _, start, _ = self.locate(starts[row])
+            raise UserError(f'{path} holds token id {tokens[row, column]} at position {start + column}, beyond the vocabulary of {self.vocab_size}: '
                             'it was made with another tokenizer, or is not little-endian uint16')
         tokens = torch.from_numpy(tokens.astype(np.int64))
         return tokens[:, :-1], tokens[:, 1:]
+
+    def locate(self, start):
+        """Returns the file that holds a position: its path, descriptor, where its ids begin, the position counted in it, its length in tokens."""
+        i = bisect_right(self.ends, start)
+        length = int(self.lengths[i])
+        return self.paths[i], self.fds[i], self.offsets[i], int(start) - self.ends[i] + length, length

@@ -22,7 +22,7 @@ import torch
 
 import measure
 import train
-from test_train import ARMS, TORCHRUN, at_step, equal, flags, handlers, load, log, numbers, one_thread, run, same_state, stop, timeless, write_dataset
+from test_train import ARMS, TORCHRUN, at_step, equal, flags, handlers, load, log, numbers, one_thread, run, same_state, stop, write_dataset
 
 NAN = float('nan')
 
@@ -32,7 +32,7 @@ def contents(folder='.'):
 
 
 def is_the_run(out, straight):
-    return same_state(out / 'ckpt.pt', straight / 'ckpt.pt') and timeless(out) == timeless(straight) and not list(out.glob('*.tmp'))
+    return same_state(out / 'ckpt.pt', straight / 'ckpt.pt') and log(out) == log(straight) and not list(out.glob('*.tmp'))
 
 
 @pytest.fixture(scope='module')
@@ -100,7 +100,8 @@ def test_a_run_killed_anywhere_and_restarted_until_it_ends_is_the_undisturbed_ru
         out, status = tmp_path / f'run{i}', None
         while status != 0:
             how = ({}, {'moment': rng.randrange(5, 40)}, {'byte': rng.randrange(1000, size), 'at_byte': signal.SIG_DFL})[kills % 3] if kills < wanted else {}
-            child = start(flags(dataset, out, init_from='resume' if list(out.glob('ckpt*.pt')) else 'auto', **settings), console, **how)
+            begun = any((out / name).exists() for name in ('ckpt.pt', 'ckpt_prev.pt'))
+            child = start(flags(dataset, out, init_from='resume' if begun else 'auto', **settings), console, **how)
             child.join(rng.uniform(0, seconds) if kills < wanted and not how else 60)
             child.kill()
             child.join()
@@ -377,7 +378,6 @@ DATA = {  # what is wrong with the dataset: how, and what is said
     'meta.json without keys': (put('text/meta.json', '{"tokenizer": "bytes"}'), 'meta.json lacks vocab_size, eot: .*prepare.py'),
     'meta.json of text': (put('text/meta.json', 'bytes'), 'meta.json is not readable as JSON .*prepare.py'),
     'meta.json with a list': (put('text/meta.json', '["tokenizer", "vocab_size", "eot"]'), 'meta.json .*prepare.py'),
-    'meta.json not in UTF-8': (put('text/meta.json', b'\xff\xfe'), 'meta.json is not readable as JSON .*prepare.py'),
     'meta.json a folder': (put('text/meta.json', None), 'meta.json is not readable as JSON .*prepare.py'),
     'a vocabulary of text': (meta(vocab_size='257'), "meta.json: vocab_size is '257', expected a whole number"),
     'a vocabulary of 0': (meta(vocab_size=0), 'meta.json: vocab_size is 0, expected'),
@@ -391,7 +391,6 @@ CONFIGS = {  # a config file, and what is said
     "lr = '3e-4'": "mine.py: lr is '3e-4', expected a number",
     'n_layer = -2': 'n_layer is -2: expected',
     'batch_size = 0': 'batch_size is 0: expected',
-    'warmup_iters = -1': 'warmup_iters is -1: expected',
     "residual = 'leger'": "residual is 'leger': expected one of baseline, ledger",
     "dtype = 'float16'": "dtype is 'float16': expected one of",
     'n_embd = 100': 'n_embd = 100 is not divisible by n_head = 12',
@@ -401,9 +400,6 @@ CONFIGS = {  # a config file, and what is said
     'seed = 2**70': 'seed = [0-9]*: expected',
     "residual = 'ledger'\ncommit_sparsity = float('nan')": 'commit_sparsity is nan: expected',
     "residual = 'ledger'\ndecode_gamma = float('inf')": 'decode_gamma is inf: expected',
-    'n_layer = ': 'mine.py, line 1: SyntaxError',
-    'lr = 1 / 0': 'mine.py, line 1: ZeroDivisionError',
-    'exit()': 'mine.py, line 1: SystemExit',
     'lr = "\0"': 'mine.py, line .: (SyntaxError|ValueError)',
 }
 COMMANDS = {  # settings of a command line beside those that would resume the run, and what is said

@@ -10,7 +10,6 @@ the file system lists them, or on the number of workers. The workers are threads
 let go of the interpreter's lock: they scale as processes do, with nothing to pickle and nothing to start.
 """
 import argparse
-import json
 import os
 import platform
 import site
@@ -23,10 +22,8 @@ from itertools import accumulate
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, when this file is run as a script
-from data.loader import UserError, atomic_write, dataset_folder, encoding
+from data.loader import Progress, UserError, dataset_folder, encoding, number, tokenize, write_dataset
 
 # What train.py makes for the demo configs by itself: quick, and nearly the same on every machine.
 DEMO = ['--stdlib', '--tokenizer=bytes', '--limit=8M', f'--out={dataset_folder("pysource_demo")}']
@@ -118,59 +115,16 @@ def first_bytes(documents, limit):
     return [digest for digest, total in zip(order, accumulate(len(documents[digest]) for digest in order)) if total <= limit]
 
 
-def tokenize(content, bpe):
-    """content: bytes of UTF-8. Returns (n,) little-endian uint16, the end-of-text id last; special tokens in the text are plain text."""
-    text, piece = content.decode(), 500_000  # characters: a run of a million blanks overflows the stack of tiktoken's regex
-    parts = [bpe.encode_to_numpy(text[i:i + piece], disallowed_special=()) for i in range(0, len(text), piece)]
-    return np.concatenate([*parts, [bpe.eot_token]]).astype('<u2')
-
-
-def write(out, meta, documents, splits, bpe, pool):
-    """
-    splits: {sha256: 'train' or 'val'}, in the order of writing. Returns meta with token counts and sha256s added.
-    The old dataset stays until the new one lies beside it. Then the old .bin files go, meta.json is replaced, and the new .bin
-    files take their names: cut at any point, this leaves no .bin beside a meta.json that is not its own, nor beside none,
-    which would make it GPT-2's.
-    """
-    counts, sums = Counter(), {'train': sha256(), 'val': sha256()}
-    out.mkdir(parents=True, exist_ok=True)
-    with atomic_write(out / 'train.bin') as train, atomic_write(out / 'val.bin') as val:
-        files = {'train': train, 'val': val}
-        encoded = pool.imap(lambda digest: tokenize(documents[digest], bpe), splits)
-        for tokens, split in zip(shown(encoded, len(splits), 'tokenizing'), splits.values()):
-            files[split].write(tokens)
-            sums[split].update(tokens)
-            counts[split] += len(tokens)
-        meta = meta | {'train_tokens': counts['train'], 'val_tokens': counts['val'],
-                       'sha256': {f'{split}.bin': digest.hexdigest() for split, digest in sums.items()}}
-        for split in files:
-            (out / f'{split}.bin').unlink(missing_ok=True)
-        with atomic_write(out / 'meta.json', 'w') as file:
-            json.dump(meta, file, indent=2)
-    return meta
-
-
 def shown(items, total, verb):
-    """Passes the items on and says on stderr how many of the total have come: a line redrawn, or every ten seconds one where it is a file."""
-    live, last = sys.stderr.isatty(), time.time()
+    """Passes the items on and says how many of the total have come."""
+    progress = Progress(verb, total, 'files')
     for count, item in enumerate(items, 1):
-        if time.time() - last > (0.1 if live else 10):
-            print(f'{verb} {count:,} of {total:,} files', end='   \r' if live else '\n', file=sys.stderr, flush=True)
-            last = time.time()
+        progress.show(count)
         yield item
 
 
-def parse_limit(text):
-    """'8M' is 8,000,000 bytes."""
-    unit = {'k': 1e3, 'M': 1e6, 'G': 1e9}.get(text[-1:])
-    try:
-        return float(text[:-1]) * unit if unit else float(text)
-    except ValueError:
-        raise UserError(f"--limit is '{text}': expected a number of bytes, as in 8000000, 800k, 8M or 1.5G") from None
-
-
 def prepare(args):
-    begin, limit, bpe = time.time(), parse_limit(args.limit), encoding(args.tokenizer)
+    begin, limit, bpe = time.time(), number('--limit', args.limit), encoding(args.tokenizer)
     if args.workers < 1:
         raise UserError(f'--workers is {args.workers}: expected at least 1')
     paths, source = sources(args)
@@ -183,10 +137,10 @@ def prepare(args):
             raise UserError(f'{len(paths):,} Python files found, {len(splits):,} documents left of them, none for {min(missing)}: give more files or a higher --limit')
         meta = {'tokenizer': args.tokenizer, 'vocab_size': bpe.n_vocab, 'eot': bpe.eot_token, 'source': source,
                 'files': len(splits), 'bytes': sum(len(documents[digest]) for digest in splits)}
-        try:
-            meta = write(args.out, meta, documents, splits, bpe, pool)
-        except OSError as error:
-            raise UserError(f'cannot write to {args.out}: {error.strerror}') from None
+        with write_dataset(args.out, meta) as append:
+            encoded = pool.imap(lambda digest: tokenize(documents[digest], bpe), splits)
+            for tokens, split in zip(shown(encoded, len(splits), 'tokenizing'), splits.values()):
+                append(split, tokens)
     left_out['over the limit'] = len(documents) - len(splits)
     print(f"{args.out}: {meta['files']:,} files, {meta['bytes']:,} bytes, {meta['train_tokens']:,} train and {meta['val_tokens']:,} val tokens, {time.time() - begin:.1f} s")
     print('left out: ' + (', '.join(f'{count:,} {reason}' for reason, count in sorted(left_out.items()) if count) or 'nothing'))
