@@ -160,10 +160,10 @@ class World:
     def __init__(self, device):
         self.rank, self.size, local = (int(os.environ.get(name, default)) for name, default in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
         gpus = torch.cuda.device_count()
-        if device == 'cuda' and local >= gpus:
-            raise UserError(f'device=cuda, but PyTorch sees {gpus} GPUs for {local + 1} or more processes on this machine: use --device=cpu, or fewer processes')
-        self.device = f'cuda:{local}' if device == 'cuda' or device == 'auto' and gpus > local else 'cpu'
+        self.device = f'cuda:{local}' if device == 'cuda' or device == 'auto' and gpus else 'cpu'
         if self.device != 'cpu':
+            if local >= gpus:
+                raise UserError(f'device={device}, but PyTorch sees {gpus} GPUs for {local + 1} or more processes on this machine: use --device=cpu, or fewer processes')
             torch.cuda.set_device(self.device)
         if self.size > 1:
             dist.init_process_group('gloo' if self.device == 'cpu' else 'cpu:gloo,cuda:nccl')
@@ -325,7 +325,7 @@ class Run:
         """Returns the short measurement of every stream on the fixed windows, in the precision of training."""
         tokens, statistics = self.tokens['val'], Statistics(topk=3)
         with self.autocast():
-            collect(self.model, tokens, tokens.fixed_starts(MEASURED_SEQUENCES)[self.world.rank::self.world.size], 8, statistics)
+            collect(self.model, tokens, tokens.fixed_starts(MEASURED_SEQUENCES)[self.world.rank::self.world.size], 16, statistics)
         if self.world.size > 1:
             parts = [None] * self.world.size
             dist.all_gather_object(parts, {name: total.cpu() for name, total in statistics.sums.items()})

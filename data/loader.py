@@ -4,17 +4,12 @@ Token files: from `data/<name>/{train,val}.bin` and `meta.json` to batches.
 - A .bin file is flat little-endian uint16 token ids, so nanoGPT's GPT-2 sets work unchanged. Where there is no train.bin, the shards
   *train*.bin, which carry a header, are the split as they lie; no window straddles two of them.
 - Which windows a training step sees is a pure function of (seed, step, index of the sequence in the batch).
-- Windows are read with os.preadv, not mapped: a file cut short under a running job ends in a sentence, not in a signal.
-- What several prepare.py need to write such files is here too.
+- Windows are read with os.pread, not mapped: a file cut short under a running job ends in a sentence, not in a signal.
 """
 import json
 import os
-import sys
-import time
 from bisect import bisect_right
-from collections import Counter
 from contextlib import contextmanager
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -71,18 +66,8 @@ def encoding(tokenizer):
             return tiktoken.get_encoding('gpt2')
         except Exception as error:  # tiktoken downloads the BPE files, and raises whatever its HTTP library raised
             raise UserError(f"GPT-2's BPE files are not at hand ({type(error).__name__}): connect once, point TIKTOKEN_CACHE_DIR to a folder that has them, "
-                            'or use the tokenizer bytes') from None
+                            'or prepare the data with --tokenizer=bytes') from None
     raise UserError(f"unknown tokenizer '{tokenizer}': expected gpt2 or bytes")
-
-
-def tokenize(content, bpe, end_of_text=True):
-    """content: bytes of UTF-8. Returns (n,) little-endian uint16, the end-of-text id last; special tokens in the text are plain text."""
-    text, piece = content.decode(), 500_000  # characters: a run of a million blanks overflows the stack of tiktoken's regex
-    if bpe.name == 'bytes':
-        parts = [np.frombuffer(content, dtype='u1')]  # what tiktoken would say, a hundred times as fast
-    else:
-        parts = [bpe.encode_to_numpy(text[i:i + piece], disallowed_special=()) for i in range(0, len(text), piece)]
-    return np.concatenate([*parts, [bpe.eot_token] * end_of_text]).astype('<u2')
 
 
 @contextmanager
@@ -100,63 +85,6 @@ def atomic_write(path, mode='wb'):
         raise
 
 
-def announce(out, meta):
-    """Puts the new meta.json in place of the old dataset, whose .bin files go first. The new ones lie beside and take their names afterwards:
-    cut at any point, this leaves no .bin beside a meta.json that is not its own, nor beside none, which would make it GPT-2's."""
-    for split in ('train', 'val'):
-        (out / f'{split}.bin').unlink(missing_ok=True)
-    with atomic_write(out / 'meta.json', 'w') as file:
-        json.dump(meta, file, indent=2)
-
-
-@contextmanager
-def write_dataset(out, meta):
-    """Yields append(split, tokens). The dataset replaces the one in the folder `out` when the block ends, with the dict meta as the block has
-    left it, to which counts and sha256 are added; if the block raises, the old one stays as it was."""
-    counts, sums = Counter(), {'train': sha256(), 'val': sha256()}
-
-    def append(split, tokens):
-        files[split].write(tokens)
-        sums[split].update(tokens)
-        counts[split] += len(tokens)
-
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with atomic_write(out / 'train.bin') as train, atomic_write(out / 'val.bin') as val:
-            files = {'train': train, 'val': val}
-            yield append
-            meta.update(train_tokens=counts['train'], val_tokens=counts['val'], sha256={f'{split}.bin': digest.hexdigest() for split, digest in sums.items()})
-            announce(out, meta)
-    except OSError as error:
-        raise UserError(f'cannot write to {out}: {error.strerror}') from None
-
-
-class Progress:
-    """Says on stderr how far something has come, how fast, and the time left: a line redrawn, or one every ten seconds where that is a file."""
-
-    def __init__(self, verb, total, unit, done=0):
-        self.verb, self.total, self.unit, self.first = verb, total, unit, done
-        self.begin = self.last = time.time()
-        self.live = sys.stderr.isatty()
-
-    def show(self, done):
-        now = time.time()
-        if now - self.last > (0.1 if self.live else 10) and done > self.first:
-            self.last, rate = now, (done - self.first) / (now - self.begin)
-            minutes, seconds = divmod(round((self.total - done) / rate), 60)
-            print(f'{self.verb} {done:,.0f} of {self.total:,.0f} {self.unit}, {rate:,.1f} {self.unit}/s, {minutes}m{seconds:02}s left',
-                  end='   \r' if self.live else '\n', file=sys.stderr, flush=True)
-
-
-def number(flag, text):
-    """'8M' is 8,000,000."""
-    unit = {'k': 1e3, 'M': 1e6, 'G': 1e9, 'B': 1e9}.get(text[-1:])
-    try:
-        return float(text[:-1]) * unit if unit else float(text)
-    except ValueError:
-        raise UserError(f"{flag} is '{text}': expected a number, as in 8000000, 800k, 8M or 1.5G") from None
-
-
 def philox(seed, stream):
     """A generator that depends on (seed, stream) alone. Its raw words are the same in every version of numpy."""
     return np.random.Philox(key=np.array([seed, stream], dtype=np.uint64))
@@ -170,15 +98,19 @@ def shard_tokens(head):
     return count if (magic, version) == (SHARD_MAGIC, 1) else None
 
 
+def shards_of(folder, split):
+    """Returns the files *train*.bin or *val*.bin of a folder, sorted; of a name that holds both words, the last counts: retrieval_train_1.bin."""
+    return [path for path in sorted(Path(folder).glob(f'*{split}*.bin')) if path.name.rfind(split) == max(map(path.name.rfind, ('train', 'val')))]
+
+
 class Tokens:
     """One split of a dataset, opened for reading windows of block_size + 1 tokens. Positions count through all of its files."""
 
     def __init__(self, folder, split, block_size, vocab_size):
         self.path = Path(folder) / f'{split}.bin'
         self.block_size, self.vocab_size = block_size, vocab_size
-        self.paths = [self.path] if self.path.exists() else sorted(Path(folder).glob(f'*{split}*.bin')) or [self.path]
-        opened = [self.open(path) for path in self.paths]
-        self.fds, self.offsets, lengths = zip(*opened)  # the offset is the byte at which a file's ids begin
+        self.paths = [self.path] if self.path.exists() else shards_of(folder, split) or [self.path]
+        self.fds, self.offsets, lengths = zip(*map(self.open, self.paths))  # an offset is the byte at which a file's ids begin
         self.lengths = np.array(lengths)
         self.ends = self.lengths.cumsum().tolist()
         self.length = self.ends[-1]
@@ -228,21 +160,24 @@ class Tokens:
     def windows(self, starts):
         """starts: (B,) token positions. Returns inputs and targets, each (B, block_size) int64; targets are the inputs' next tokens."""
         tokens = np.empty((len(starts), self.block_size + 1), dtype='<u2')
-        for row, start in zip(tokens, starts):
-            path, fd, offset, start, length = self.locate(start)
-            size = os.preadv(fd, [row], offset + 2 * start)
-            if size != row.nbytes:
-                raise UserError(f'{path} ends at token {start + size // 2} although it held {length} when it was opened: it was cut short under this run')
+        places = [self.locate(start) for start in starts]
+        for i, start in places if hasattr(os, 'posix_fadvise') else ():  # the disk looks for all at once: ten times as fast where memory has not got them
+            os.posix_fadvise(self.fds[i], self.offsets[i] + 2 * start, tokens.itemsize * tokens.shape[1], os.POSIX_FADV_WILLNEED)
+        for row, (i, start) in zip(tokens, places):
+            data = os.pread(self.fds[i], row.nbytes, self.offsets[i] + 2 * start)
+            if len(data) != row.nbytes:
+                raise UserError(f'{self.paths[i]} ends at token {start + len(data) // 2} although it held {self.lengths[i]} when it was opened: '
+                                'it was cut short under this run')
+            row[:] = np.frombuffer(data, dtype='<u2')
         if tokens.max(initial=0) >= self.vocab_size:
             row, column = np.argwhere(tokens >= self.vocab_size)[0]
-            path, _, _, start, _ = self.locate(starts[row])
-            raise UserError(f'{path} holds token id {tokens[row, column]} at position {start + column}, beyond the vocabulary of {self.vocab_size}: '
+            i, start = places[row]
+            raise UserError(f'{self.paths[i]} holds token id {tokens[row, column]} at position {start + column}, beyond the vocabulary of {self.vocab_size}: '
                             'it was made with another tokenizer, or is not little-endian uint16')
         tokens = torch.from_numpy(tokens.astype(np.int64))
         return tokens[:, :-1], tokens[:, 1:]
 
     def locate(self, start):
-        """Returns the file that holds a position: its path, descriptor, where its ids begin, the position counted in it, its length in tokens."""
+        """Returns the number of the file that holds a position, and the position counted in that file."""
         i = bisect_right(self.ends, start)
-        length = int(self.lengths[i])
-        return self.paths[i], self.fds[i], self.offsets[i], int(start) - self.ends[i] + length, length
+        return i, int(start) - (self.ends[i - 1] if i else 0)

@@ -76,7 +76,8 @@ def process(argv, console, moment=None, byte=None, at_byte=signal.SIG_IGN):
 
 @pytest.fixture(scope='module')
 def start(tmp_path_factory):
-    """Returns start(*arguments of process) → a process of its own that trains; torch is imported once for all of them."""
+    """Returns start(*arguments of process) → a process of its own that trains, forked from one that has imported torch and this file.
+    That one must not have computed anything: OpenMP's threads do not survive a fork."""
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['test_robustness', 'torch._dynamo'])
 
@@ -108,6 +109,7 @@ def test_a_run_killed_anywhere_and_restarted_until_it_ends_is_the_undisturbed_ru
             status = child.exitcode
             assert status in (0, -signal.SIGKILL, -signal.SIGXFSZ), console.read_text()
             kills += status < 0
+            assert all(load(path) for path in out.glob('*.pt'))
         assert is_the_run(out, whole)
 
 
@@ -220,7 +222,7 @@ def recovers(sentence, out, dataset, straight):
     assert is_the_run(run(dataset, out, init_from='resume'), straight)
 
 
-@pytest.mark.parametrize('left, said', [(100_000, r'ckpt\w*.pt, which needs about [0-9,]+ bytes'), (0, 'log.jsonl')])
+@pytest.mark.parametrize('left, said', [(100_000, r'ckpt\w*.pt, which needs about [0-9,]+ bytes'), (0, 'log.jsonl')], ids=['a checkpoint', 'a log line'])
 def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, dataset, straight, monkeypatch, left, said):
     disk, filler = tmp_path, tmp_path / 'filler'
     if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', disk], capture_output=True).returncode:
@@ -406,7 +408,7 @@ COMMANDS = {  # settings of a command line beside those that would resume the ru
     'no such dataset': (dict(dataset='./txt'), 'cannot read txt/train.bin .*prepare.py'),
     'over a run': (dict(init_from='scratch'), 'run holds a run already: .*--init_from=resume'),
     'nothing to resume': (dict(out='nowhere'), 'no checkpoint in nowhere to resume: start without'),
-    'a file for a folder': (dict(out='text/val.bin'), 'cannot write to text/val.bin .*--out_dir'),
+    'a file for a folder': (dict(out='text/val.bin', init_from='auto'), 'cannot write text/val.bin .*--out_dir'),
     'a micro_batch that does not divide': (dict(micro_batch=3), 'micro_batch = 3 does not divide the 4 sequences'),
     'a device that is not there': (dict(device='cuda'), 'device=cuda, but PyTorch sees 0 GPUs .*--device=cpu'),
 }

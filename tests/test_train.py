@@ -224,10 +224,37 @@ def test_a_batch_that_the_processes_cannot_share_is_refused_with_what_they_can()
         world.share(Config(batch_size=18))
 
 
-def test_gradient_accumulation_is_the_whole_batch(tmp_path, dataset):
-    lines = [log(run(dataset, tmp_path / str(n), micro_batch=n, eval_sequences=4, **ARMS['ledger'])) for n in (4, 2, 1)]
-    for other in lines[1:]:
-        np.testing.assert_allclose(numbers(other), numbers(lines[0]), rtol=1e-5)
+def test_gradient_accumulation_is_the_whole_batch(tmp_path, dataset, capsys):
+    seen = []
+    for n in (4, 2, 1):
+        lines = log(run(dataset, tmp_path / str(n), micro_batch=n, eval_sequences=4, log_interval=1, **ARMS['ledger']))
+        printed = [float(loss) for loss in re.findall(r' \| loss ([0-9.]+)', capsys.readouterr().out)]
+        assert len(printed) == 20
+        seen.append((numbers(lines), printed))
+    for logged, printed in seen[1:]:
+        np.testing.assert_allclose(logged, seen[0][0], rtol=1e-5)
+        np.testing.assert_allclose(printed, seen[0][1], atol=2e-4)
+
+
+def test_a_step_is_adamw_with_clipped_gradients_on_the_windows_of_its_seed_and_number(tmp_path, dataset):
+    settings = dict(ARMS['ledger'], max_iters=3, warmup_iters=2, seed=5, grad_clip=0.1, beta1=0.8, beta2=0.9, weight_decay=0.3)
+    trained = load(run(dataset, tmp_path / 'out', **settings) / 'ckpt.pt')['model']
+    config = Config(**{**TINY, **settings})
+    torch.manual_seed(5)
+    model, tokens = GPT(config.model_config(257)), data.loader.Tokens(dataset, 'train', 16, 257)
+    m, v = ([torch.zeros_like(p) for p in model.parameters()] for _ in range(2))
+    for it in range(3):
+        gradients = torch.autograd.grad(model(*tokens.windows(tokens.training_starts(5, it, 4)))[0], list(model.parameters()))
+        norm, lr = math.sqrt(sum(g.double().square().sum() for g in gradients)), learning_rate(it, config)
+        assert norm > 0.1
+        for p, g, m_p, v_p in zip(model.parameters(), gradients, m, v):
+            g = g * 0.1 / norm
+            m_p.copy_(0.8 * m_p + 0.2 * g)
+            v_p.copy_(0.9 * v_p + 0.1 * g * g)
+            decay = lr * 0.3 if p.ndim == 2 else 0
+            p.data = (1 - decay) * p.data - lr * m_p / (1 - 0.8 ** (it + 1)) / ((v_p / (1 - 0.9 ** (it + 1))).sqrt() + 1e-8)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(trained[name], p.data, rtol=1e-4, atol=1e-6)
 
 
 @every_arm
@@ -241,11 +268,9 @@ def test_the_loss_goes_down(straight, arm):
 def test_exactly_matrices_and_embeddings_decay(arm):
     model = GPT(Config(**{**TINY, **ARMS[arm]}, qk_norm=True).model_config(257))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decaying, still = ([names[id(p)] for p in group['params']] for group in make_optimizer(model, Config(weight_decay=0.3)).param_groups)
-    kinds = (torch.nn.Linear, torch.nn.Embedding)
-    assert sorted(decaying) == sorted(f'{name}.weight' for name, module in model.named_modules() if isinstance(module, kinds))
-    assert sorted(decaying + still) == sorted(names.values())
-    assert [group['weight_decay'] for group in make_optimizer(model, Config(weight_decay=0.3)).param_groups] == [0.3, 0.0]
+    matrices = {f'{name}.weight' for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Embedding))}
+    decay = {names[id(p)]: group['weight_decay'] for group in make_optimizer(model, Config(weight_decay=0.3)).param_groups for p in group['params']}
+    assert decay == {name: 0.3 if name in matrices else 0.0 for name in names.values()}
 
 
 @pytest.mark.parametrize('arm, bf16_streams, precision', [
@@ -299,10 +324,9 @@ def test_every_file_of_a_run_has_its_role(straight, dataset, arm):
     files = {path.name: load(path) for path in out.glob('*.pt')}
     assert {name: file['iter_num'] for name, file in files.items()} == {'ckpt.pt': 20, 'ckpt_prev.pt': 10, 'ckpt_best.pt': 20, 'ckpt_0.pt': 0, 'ckpt_3.pt': 3}
     assert {path.name for path in out.iterdir()} == {*files, 'log.jsonl', 'lock'}
-    weights = {'model', 'model_args', 'iter_num', 'val_loss', 'config'}
     for name, file in files.items():
-        assert weights | ({'optimizer', 'best_val_loss'} if name in ('ckpt.pt', 'ckpt_prev.pt') else set()) <= file.keys()
-        assert ('optimizer' in file) == (name in ('ckpt.pt', 'ckpt_prev.pt'))
+        assert {'model', 'model_args', 'iter_num', 'val_loss', 'config'} <= file.keys()
+        assert {'optimizer', 'best_val_loss'} & file.keys() == ({'optimizer', 'best_val_loss'} if name in ('ckpt.pt', 'ckpt_prev.pt') else set())
         assert all(type(value) in (int, float, bool, str) for value in (file['config'] | file['model_args']).values())
         assert file['val_loss'] == pytest.approx(recomputed(out / name, dataset), rel=1e-5), name
     assert files['ckpt.pt']['val_loss'] == lines[20]['val_loss']
@@ -311,11 +335,13 @@ def test_every_file_of_a_run_has_its_role(straight, dataset, arm):
 def test_ckpt_best_is_the_best_of_those_saved(tmp_path):
     folder = write_dataset(tmp_path / 'data')
     np.random.default_rng(2).integers(0, 256, 1500).astype('<u2').tofile(folder / 'val.bin')  # noise: learning the text makes it worse
-    out = run(folder, tmp_path / 'out', ckpt_interval=4, lr=0.03)
-    saved = {line['iter']: line['val_loss'] for line in log(out) if line['iter'] in (4, 8, 12, 16, 20)}
-    best = load(out / 'ckpt_best.pt')
-    assert (best['iter_num'], best['val_loss']) == min(saved.items(), key=lambda item: item[1])
-    assert best['iter_num'] < 20 and load(out / 'ckpt.pt')['best_val_loss'] == best['val_loss']
+    for init_from in ('scratch', 'resume'):
+        out = run(folder, tmp_path / 'out', ckpt_interval=4, lr=0.03, init_from=init_from)
+        best = load(out / 'ckpt_best.pt')
+        saved = {line['val_loss']: line['iter'] for line in log(out) if line['iter'] in (4, 8, 12, 16, 20)}
+        assert (best['val_loss'], best['iter_num']) == min(saved.items())
+        assert best['iter_num'] < 16 and load(out / 'ckpt.pt')['best_val_loss'] == best['val_loss']
+        os.replace(out / 'ckpt_prev.pt', out / 'ckpt.pt')
 
 
 # ---- One run, however it is cut up
@@ -338,8 +364,8 @@ def test_a_signal_ends_the_run_after_its_step_and_a_resume_makes_up_for_it(tmp_p
         assert stop(flags(dataset, out, **argv)) == 128 + number
     assert f'stopped by {number.name} after iteration {step + 1}' in capsys.readouterr().out
     assert load(out / 'ckpt.pt')['iter_num'] == step + 1
-    if (out / 'ckpt_best.pt').exists():
-        assert load(out / 'ckpt_best.pt')['val_loss'] == pytest.approx(recomputed(out / 'ckpt_best.pt', dataset), rel=1e-5)
+    assert load(out / 'ckpt.pt')['val_loss'] == pytest.approx(recomputed(out / 'ckpt.pt', dataset), rel=1e-5)
+    assert (out / 'ckpt_best.pt').exists() == (step > 10)  # what is best depends on no signal
     run(dataset, out, init_from='resume', **argv)
     assert same_state(out / 'ckpt.pt', straight['ledger'] / 'ckpt.pt') and log(out) == log(straight['ledger'])
 
@@ -367,12 +393,6 @@ def test_two_processes_are_one(tmp_path, dataset):
 
 
 # ---- What is missing
-
-def test_device_cuda_without_a_gpu_is_a_sentence(tmp_path, dataset, monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
-    assert 'device=cuda, but PyTorch sees 0 GPUs' in stop(flags(dataset, tmp_path / 'out', device='cuda'))
-    assert not (tmp_path / 'out').exists()
-
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):

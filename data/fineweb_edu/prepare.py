@@ -22,14 +22,16 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from hashlib import file_digest
+from contextlib import contextmanager
+from hashlib import sha256
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, when this file is run as a script
-from data.loader import GPT2_META, Progress, SHARD_HEADER, UserError, announce, number, shard_tokens
+from data.loader import GPT2_META, SHARD_HEADER, UserError, shard_tokens
+from data.writer import Progress, announce, number
 
 DATASET = 'kjj0/finewebedu10B-gpt2'
 URL = f'https://huggingface.co/datasets/{DATASET}/resolve/main'
@@ -40,11 +42,7 @@ TRIES, BACKOFF, TIMEOUT = 8, 1.0, 60    # failures in a row without a byte won; 
 
 
 class TryAgain(Exception):
-    """What time may mend. `wait`: seconds that the server asks for."""
-
-    def __init__(self, reason, wait=0):
-        super().__init__(reason)
-        self.wait = wait
+    """What time may mend. Its args: the reason, and the seconds that the server asks to wait."""
 
 
 class Corrupt(Exception):
@@ -56,21 +54,20 @@ def ask(url, first, last):
     try:
         response = urllib.request.urlopen(urllib.request.Request(url, headers={'Range': f'bytes={first}-{last}'}), timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # what we have is longer than the file
-            raise Corrupt(f'it has fewer than {last + 1:,} bytes') from None
+        if error.code == 416:
+            raise Corrupt(f'it ends before byte {first:,}') from None
         if error.code in (408, 429) or error.code >= 500:
             asked = error.headers.get('Retry-After', '')
             raise TryAgain(f'{error.code} {error.reason}', int(asked) if asked.isdecimal() else 0) from None
         raise UserError(f'{url} answered {error.code} {error.reason}, expected a shard: name a server that has it with --url') from None
     except (OSError, http.client.HTTPException) as error:
-        raise TryAgain(str(error) or type(error).__name__) from None
-    found = re.fullmatch(r'bytes (\d+)-\d+/(\d+)', response.headers.get('Content-Range', '')) if response.status == 206 else None
-    size = int(found[2]) if found else response.headers.get('Content-Length')
-    expected = SHARD_HEADER + 2 * SHARD_TOKENS
-    if response.status == 206 and not (found and int(found[1]) == first) or size is None or int(size) != expected:
+        raise TryAgain(str(error) or type(error).__name__, 0) from None
+    partial, expected = response.status == 206, SHARD_HEADER + 2 * SHARD_TOKENS
+    said = response.headers.get('Content-Range' if partial else 'Content-Length', 'nothing')
+    if not re.fullmatch(rf'bytes {first}-\d+/{expected}' if partial else str(expected), said):
         response.close()
-        raise Corrupt(f"the server's answer describes {size} bytes ({response.headers.get('Content-Range', 'no range')}), expected {expected} of a shard")
-    return response, response.status == 206
+        raise Corrupt(f"the server says '{said}' of its size, expected {expected} bytes" + f' from {first} on' * partial)
+    return response, partial
 
 
 def read(response, size):
@@ -78,15 +75,19 @@ def read(response, size):
     try:
         data = response.read1(size)
     except (OSError, http.client.HTTPException) as error:
-        raise TryAgain(str(error) or type(error).__name__) from None
+        raise TryAgain(str(error) or type(error).__name__, 0) from None
     if not data:
-        raise TryAgain('the connection was dropped')
+        raise TryAgain('the connection was dropped', 0)
     return data
+
+
+def size_of(path):
+    return path.stat().st_size if path.exists() else 0
 
 
 def download(url, part, size, stop):
     """Makes the part `size` bytes of ids long, going on where it ends."""
-    have = part.stat().st_size if part.exists() else 0
+    have = size_of(part)
     if have >= size:
         return
     response, resumed = ask(url, SHARD_HEADER + have if have else 0, SHARD_HEADER + size - 1)
@@ -97,8 +98,11 @@ def download(url, part, size, stop):
                 header += read(response, SHARD_HEADER - len(header))
             if shard_tokens(header) != SHARD_TOKENS:
                 raise Corrupt(f'its header is {np.frombuffer(header, "<i4", 3).tolist()}, expected magic 20240520, version 1, {SHARD_TOKENS} tokens')
-        while have < size and not stop.is_set():
-            have += file.write(read(response, min(BLOCK, size - have)))
+        while have < size:
+            data = read(response, min(BLOCK, size - have))
+            if stop.is_set():
+                return
+            have += file.write(data)
             file.flush()
 
 
@@ -106,7 +110,7 @@ def fetch(url, part, size, stop):
     """Makes the part whole, whatever happens on the way that time or a second download can mend."""
     failures = corrupt = 0
     while not stop.is_set():
-        before = part.stat().st_size if part.exists() else 0
+        before = size_of(part)
         try:
             download(url, part, size, stop)
             if not stop.is_set() and np.memmap(part, '<u2', 'r').max() >= GPT2_META['vocab_size']:
@@ -118,16 +122,18 @@ def fetch(url, part, size, stop):
             if corrupt == 2:
                 raise UserError(f'{url} is corrupt, twice in a row ({error}): name another server with --url') from None
         except TryAgain as error:
-            failures = 1 if part.exists() and part.stat().st_size > before else failures + 1
+            (reason, asked), failures = error.args, 1 if size_of(part) > before else failures + 1
             if failures == TRIES:
-                raise UserError(f'{url} cannot be had ({error}; {TRIES} attempts): run the same command again later, it goes on from here') from None
-            stop.wait(max(error.wait, min(60, BACKOFF * 2 ** failures) * random.uniform(0.5, 1)))
+                raise UserError(f'{url} cannot be had ({reason}; {TRIES} attempts): run the same command again later, it goes on from here') from None
+            wait = max(asked, min(60, BACKOFF * 2 ** failures) * random.uniform(0.5, 1))  # random, or all workers would come back at once
+            print(f'{part.name}: {reason}, again in {wait:.0f} s', file=sys.stderr)
+            stop.wait(wait)
 
 
 def fetch_all(url, wanted, workers, stop):
     """wanted: {part: bytes of ids}. Downloads what is missing of the parts and says how it goes."""
     def have():
-        return sum(min(part.stat().st_size, size) for part, size in wanted.items() if part.exists())
+        return sum(min(size_of(part), size) for part, size in wanted.items())
 
     progress = Progress('downloading', sum(wanted.values()) / 1e6, 'MB', have() / 1e6)
     with ThreadPool(workers) as pool:
@@ -144,29 +150,99 @@ def join(joined, wanted):
     """Appends the parts to the joined file in their order. A part goes when its bytes are on disk."""
     with open(joined, 'ab') as file:
         for part, size in wanted.items():
+            os.truncate(part, size)  # it may be longer, from a call that asked for more tokens
             with open(part, 'rb') as source:
-                left = size
-                while left:
-                    left -= file.write(source.read(min(BLOCK, left)))
+                shutil.copyfileobj(source, file, BLOCK)
             file.flush()
             os.fsync(file.fileno())
             part.unlink()
 
 
+@contextmanager
+def alone_in(folder):
+    """Keeps other processes out of the folder until the block ends, or this process, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f'another process is downloading to {folder}: wait for it, or name another --out') from None
+    finally:
+        os.close(fd)
+
+
+def is_made(out, meta):
+    """Returns {split: whether its file has its final size}, or {} where meta.json announces another dataset or none."""
+    try:
+        found = json.loads((out / 'meta.json').read_text())
+        ours = all(found[key] == value for key, value in meta.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return {split: size_of(out / f'{split}.bin') == 2 * meta[f'{split}_tokens'] for split in ('train', 'val')} if ours else {}
+
+
 def prepare(args, stop):
     tokens, begin = number('--tokens', args.tokens), time.time()
-    if not (1 <= tokens <= SHARDS * SHARD_TOKENS and tokens == round(tokens)):
+    if not (1 <= tokens <= SHARDS * SHARD_TOKENS and tokens == int(tokens)):
         raise UserError(f'--tokens is {args.tokens}: expected a whole number from 1 to {SHARDS * SHARD_TOKENS / 1e9:g}B')
-    if args.workers < 1 or not args.url.startswith(('http://', 'https://')):
-        raise UserError(f'--workers is {args.workers} and --url is {args.url}: expected at least 1, and an address that begins with http:// or https://')
-    meta = GPT2_META | {'source': f'FineWeb-Edu, {DATASET}', 'train_tokens': round(tokens), 'val_tokens': VAL_TOKENS}
-    final = {split: args.out / f'{split}.bin' for split in ('train', 'val')}
-    parts = args.out / 'parts'
-    made = {path: path.exists() and path.stat().st_size == 2 * meta[f'{split}_tokens'] for split, path in final.items()}
-    meta_path = args.out / 'meta.json'
-    ours = meta_path.exists() and meta.items() <= json.loads(meta_path.read_text()).items()
-    if ours and all(made.values()):
-        shutil.rmtree(parts, ignore_errors=True)
-        print(f'{args.out} holds this dataset already: nothing to download')
+    if args.workers < 1:
+        raise UserError(f'--workers is {args.workers}: expected at least 1')
+    if not args.url.startswith(('http://', 'https://')):
+        raise UserError(f'--url is {args.url}: expected an address that begins with http:// or https://')
+    meta = GPT2_META | {'source': f'FineWeb-Edu, {DATASET}', 'train_tokens': int(tokens), 'val_tokens': VAL_TOKENS}
+    made = is_made(args.out, meta)
+    if made and all(made.values()):
+        print(f'{args.out} holds {tokens:,.0f} training tokens of FineWeb-Edu already: nothing to download')
         return
-    ...
+    with alone_in(args.out / 'parts'):
+        make(args, meta, [split for split in made if made[split]], stop)
+    print(f"{args.out}: {meta['train_tokens']:,} train and {VAL_TOKENS:,} val tokens, {time.time() - begin:.1f} s")
+
+
+def make(args, meta, named, stop):
+    """Takes the steps to the dataset that earlier processes have not. `named`: splits that the process before had given their final names."""
+    parts, shard, total = args.out / 'parts', 2 * SHARD_TOKENS, 2 * meta['train_tokens']
+    whole = {'train': parts / 'joined.bin', 'val': parts / 'finewebedu_val_000000.bin'}
+    for split in named:
+        os.replace(args.out / f'{split}.bin', whole[split])
+    joined = size_of(whole['train'])
+    if joined not in (0, total):  # it was cut while joining
+        joined = min(joined, total) // shard * shard
+        os.truncate(whole['train'], joined)
+    shards = {parts / f'finewebedu_train_{i + 1:06}.bin': min(shard, total - i * shard) for i in range(-(-joined // shard), -(-total // shard))}
+    wanted = {whole['val']: 2 * VAL_TOKENS, **shards}
+    needed = sum(max(0, size - size_of(part)) for part, size in wanted.items()) + max(shards.values(), default=0)
+    if needed > (free := shutil.disk_usage(parts).free):
+        raise UserError(f'{args.out} has {free / 1e9:,.2f} GB free, but {needed / 1e9:,.2f} GB are needed: make room, lower --tokens, or name another --out')
+    fetch_all(args.url, wanted, args.workers, stop)
+    join(whole['train'], shards)
+    meta['sha256'] = {f'{split}.bin': sha256(np.memmap(path, mode='r')).hexdigest() for split, path in whole.items()}
+    announce(args.out, meta)
+    for split, path in whole.items():
+        os.replace(path, args.out / f'{split}.bin')
+    shutil.rmtree(parts)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description='Downloads FineWeb-Edu in GPT-2 tokens into train.bin, val.bin and meta.json; run it again to go on.')
+    parser.add_argument('--tokens', default='500M', help='training tokens, as in 500M or 9.9B, which is all (default 500M); the published runs saw 344M and 131M')
+    parser.add_argument('--url', default=URL, help='the folder of the shards, for a mirror (default: the hub)')
+    parser.add_argument('--out', type=Path, default=Path(__file__).parent, metavar='FOLDER', help='where to write (default: beside this script)')
+    parser.add_argument('--workers', type=int, default=8, metavar='N', help='downloads at a time (default 8)')
+    args, stop = parser.parse_args(argv), threading.Event()
+    try:
+        prepare(args, stop)
+    except UserError as error:
+        sys.exit(f'error: {error}')
+    except OSError as error:
+        sys.exit(f'error: cannot write to {args.out} ({error.strerror}): what is there is kept; mend it, then run the same command again')
+    except KeyboardInterrupt:
+        print(f'stopped: what is downloaded lies in {args.out / "parts"}; run the same command again to go on', file=sys.stderr)
+        sys.exit(130)
+    finally:
+        stop.set()
+
+
+if __name__ == '__main__':
+    main()

@@ -23,7 +23,8 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, when this file is run as a script
-from data.loader import Progress, UserError, dataset_folder, encoding, number, tokenize, write_dataset
+from data.loader import UserError, dataset_folder, encoding
+from data.writer import Progress, number, tokenize, write_dataset
 
 # What train.py makes for the demo configs by itself: quick, and nearly the same on every machine.
 DEMO = ['--stdlib', '--tokenizer=bytes', '--limit=8M', f'--out={dataset_folder("pysource_demo")}']
