@@ -363,9 +363,10 @@ CHECKPOINTS = {  # what is wrong with run/ckpt.pt
 FOR_TRAINING = {  # and with what only a resume reads
     'no optimizer': saved(lambda c: c.pop('optimizer')),
     'an optimizer of a larger model': saved(lambda c: c['optimizer']['state'][0].update(exp_avg=torch.zeros(9999))),
-    'an optimizer without groups': saved(lambda c: c['optimizer'].update(param_groups=[])),
     'an optimizer without a state': saved(lambda c: c['optimizer'].update(state={})),
     'an optimizer that is NaN': saved(lambda c: c['optimizer']['state'][0]['exp_avg'].fill_(NAN)),
+    'an optimizer without a step': saved(lambda c: c['optimizer']['state'][0].pop('step')),
+    'an iteration below 0': saved(lambda c: c.update(iter_num=-4)),
     'an iteration that is text': saved(lambda c: c.update(iter_num='four')),
     'no best_val_loss': saved(lambda c: c.pop('best_val_loss')),
 }
@@ -387,6 +388,8 @@ DATA = {  # what is wrong with the dataset: how, and what is said
     'another vocabulary': (meta(vocab_size=300), 'ckpt.pt .*257 → 300'),
     'an end of text beyond the vocabulary': (meta(eot=257), 'meta.json: eot is 257, expected'),
     'a broken log': (put('run/log.jsonl', '{"iter": 0}\n{"it\n{"iter": 4}\n'), 'log.jsonl'),
+    'a log of other lines': (put('run/log.jsonl', '{"step": 0}\n5\n'), 'log.jsonl'),
+    'a log that is a folder': (put('run/log.jsonl', None), 'log.jsonl'),
 }
 CONFIGS = {  # a config file, and what is said
     'n_layrs = 2': "mine.py: there is no setting 'n_layrs', did you mean 'n_layer'",
@@ -440,6 +443,19 @@ def test_a_broken_input_ends_in_one_sentence_and_changes_nothing(tmp_path, place
     sentence = stop(argv, main)
     assert str(sentence).startswith('error: ') and '\n' not in sentence and re.search(said, sentence), sentence
     assert contents() == before
+
+
+@pytest.mark.parametrize('change', [lambda o: o['param_groups'][0]['params'].reverse(), lambda o: o['state'][1].update(exp_avg=torch.zeros(1, 1).expand(16, 16))],
+                         ids=['parameters that change places', 'a tensor larger than its memory'])
+def test_an_optimizer_from_elsewhere_is_never_written_past_its_end(tmp_path, halfway, dataset, start, change):
+    checkpoint = load(halfway / 'ckpt.pt')
+    assert checkpoint['optimizer']['state'][1]['exp_avg'].shape == (16, 16)
+    change(checkpoint['optimizer'])
+    torch.save(checkpoint, halfway / 'ckpt.pt')
+    child = start(flags(dataset, halfway, init_from='resume', max_iters=200), tmp_path / 'console')  # of its own: this one would die of it
+    child.join(60)
+    said = (tmp_path / 'console').read_text().splitlines()[-1]
+    assert (child.exitcode, said[:6]) in ((1, 'error:'), (0, 'done: ')), said
 
 
 def test_the_shell_sees_the_sentence_a_status_and_no_traceback(tmp_path, place, monkeypatch):
