@@ -464,11 +464,12 @@ def draw_series(name, log, path):
 def read_log(path):
     """Returns the lines of a log.jsonl, or [] where there is none; a last line that is not whole is left out."""
     try:
-        return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith('\n')]
+        lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith('\n')]
+        return [line for line in lines if line['iter'] >= 0]
     except FileNotFoundError:
         return []
-    except ValueError as error:
-        raise UserError(f'{path} is not JSON in every line ({error}): move it away, and the run goes on with a new one') from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f'{path} is not a log of training ({error}): move it away, and the run goes on with a new one') from None
 
 
 def parse_arguments(argv):

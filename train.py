@@ -145,7 +145,11 @@ def read_config(argv):
         if type(values[key]) is not types[key]:
             words = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text in quotes'}[types[key]]
             raise UserError(f'{where}: {key} is {value!r}, expected {words}, like {getattr(Config, key)!r}')
-    config = Config(**values)
+    try:
+        config = Config(**values)
+    except UserError as error:  # it begins with the setting's name
+        place = next((f'{where}: ' for where, key, _ in given if str(error).startswith(f'{key} ')), '')
+        raise UserError(f'{place}{error}') from None
     for name, operator in RESIDUALS.items():
         idle = [key for key in operator.settings if key in values and key not in RESIDUALS[config.residual].settings]
         if idle:
@@ -398,24 +402,26 @@ class Run:
 
     def restore(self, checkpoint, path):
         """Puts the state of a checkpoint in place, unless it is damaged or belongs to another run than this one's config describes."""
-        old, new = ({**c['config'], 'data_sha256': c.get('data_sha256'), 'vocab_size': c['model_args']['vocab_size']} for c in (checkpoint, self.constants))
+        old, new = ({**c['config'], **c['model_args'], 'data_sha256': c.get('data_sha256')} for c in (checkpoint, self.constants))
         changed = {key: f'{key} {old.get(key)!r} → {value!r}' for key, value in new.items() if old.get(key) != value}
         refused = [text for key, text in changed.items() if key not in FREE_TO_CHANGE]
         if refused:
             raise UserError(f"{path} belongs to another run ({', '.join(refused)}): give it those settings, or name another --out_dir")
         build_model(checkpoint, path)  # says what is wrong with the weights, before anything is replaced
         try:
-            moments, groups = checkpoint['optimizer']['state'], checkpoint['optimizer']['param_groups']
-            shapes = [p.shape for group in self.optimizer.param_groups for p in group['params']]
-            whole = [len(group['params']) for group in groups] == [len(group['params']) for group in self.optimizer.param_groups] and all(
-                moments[i][name].shape == shape and moments[i][name].isfinite().all() for i, shape in enumerate(shapes) for name in ('exp_avg', 'exp_avg_sq'))
-            it, val_loss, best = checkpoint['iter_num'] + 0, checkpoint['val_loss'] + 0.0, checkpoint['best_val_loss'] + 0.0
+            parameters = [p for group in self.optimizer.param_groups for p in group['params']]
+            saved = checkpoint['optimizer']['state']
+            state = {i: {name: saved[i][name].contiguous() for name in ('step', 'exp_avg', 'exp_avg_sq')} for i in range(len(parameters))}
+            whole = all(x.isfinite().all() and x.shape == (() if name == 'step' else p.shape)  # fused AdamW itself checks nothing
+                        for i, p in enumerate(parameters) for name, x in state[i].items())
+            it, val_loss, best = checkpoint['iter_num'], checkpoint['val_loss'] + 0.0, checkpoint['best_val_loss'] + 0.0
+            whole = whole and type(it) is int and it >= 0
         except (KeyError, TypeError, AttributeError, IndexError):
             whole = False
         if not whole:
             raise DamagedCheckpoint(f'{path} lacks what a resume needs, or its optimizer belongs to another model: use ckpt_prev.pt beside it, or start again')
         self.model.load_state_dict(checkpoint['model'])
-        self.optimizer.load_state_dict(checkpoint['optimizer'])
+        self.optimizer.load_state_dict({'state': state, 'param_groups': self.optimizer.state_dict()['param_groups']})
         self.iter_num, self.val_loss, self.best_val_loss = it, val_loss, best
         self.say(f'resuming {path} at iteration {it}' + ''.join(f', {text}' for text in changed.values()))
 
