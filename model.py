@@ -52,8 +52,10 @@ class GPTConfig:
             raise UserError(f"residual is '{self.residual}': expected one of {', '.join(RESIDUALS)}")
         if self.n_embd % self.n_head:
             raise UserError(f'n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}: every head has n_embd / n_head dimensions')
-        if not 0 <= self.commit_sparsity < math.inf or not math.isfinite(self.decode_gamma):
-            raise UserError(f'commit_sparsity is {self.commit_sparsity}, decode_gamma {self.decode_gamma}: expected finite numbers, the first 0 or more')
+        if not 0 <= self.commit_sparsity < math.inf:
+            raise UserError(f'commit_sparsity is {self.commit_sparsity}: expected 0 or more')
+        if not math.isfinite(self.decode_gamma):
+            raise UserError(f'decode_gamma is {self.decode_gamma}: expected a finite number')
 
 
 def linear(n_in, n_out, bias=False, std=0.02):

@@ -102,7 +102,7 @@ def measured(tmp_path_factory):
         models[arm] = build_model(load_checkpoint(path), path, bf16_streams=False)
         seen[arm] = observe(models[arm], idx)
         records[arm] = training_record(collect(models[arm], tokens, starts, 3, Statistics(topk=3)), list(seen[arm][1]))
-    log = ''.join(json.dumps({'tokens': 100 * i, 'val_loss': 5.0, 'streams': records['ledger']}) + '\n' for i in range(3))
+    log = ''.join(json.dumps({'iter': i, 'tokens': 100 * i, 'val_loss': 5.0, 'streams': records['ledger']}) + '\n' for i in range(3))
     (root / 'out/ledger/log.jsonl').write_text(log[:-50])
     printed = command('--ckpt', root / 'out', f'--sequences={N}')
     return SimpleNamespace(out=root / 'out', tokens=tokens, starts=starts, idx=idx.numpy(), targets=targets.numpy(), models=models, records=records, seen=seen,
