@@ -1,8 +1,10 @@
 """The specification of measure.py. DESIGN.md's definitions are computed again in numpy, float64, over all of a stream at once:
 X is (S, N, T, d), sublayers × sequences × tokens × dimensions."""
 import json
+import os
 import pickle
 import shutil
+import zipfile
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from hashlib import sha256
@@ -515,6 +517,31 @@ def test_a_mistake_ends_in_one_sentence_and_writes_nothing(here, mistake, monkey
         command('--ckpt=out/run', *flags)
     assert stop.value.code.startswith('error: ') and named in stop.value.code and '\n' not in stop.value.code
     assert files() == before
+
+
+def test_a_checkpoint_that_a_live_run_replaces_is_read_whole(here, monkeypatch):
+    path, testzip = Path('out/run/ckpt.pt'), zipfile.ZipFile.testzip
+    weights = load_checkpoint(path)['model']
+
+    def meanwhile(archive):
+        Path('newer').write_bytes(b'the next one')
+        os.replace('newer', path)
+        return testzip(archive)
+
+    monkeypatch.setattr(zipfile.ZipFile, 'testzip', meanwhile)
+    read = load_checkpoint(path)['model']
+    assert path.read_bytes() == b'the next one' and all(torch.equal(read[name], weights[name]) for name in weights)
+
+
+def test_an_interrupted_measurement_leaves_the_report_of_before(here, monkeypatch):
+    def interrupted(report, file, **_):
+        file.write('{"schema"')
+        raise KeyboardInterrupt
+    Path('out/run/measure.json').write_text('that of before')
+    monkeypatch.setattr(json, 'dump', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        command('--ckpt=out/run', '--sequences=2')
+    assert {path.name for path in Path('out/run').iterdir()} == {'ckpt.pt', 'measure.json'} and Path('out/run/measure.json').read_text() == 'that of before'
 
 
 # ---- what training uses
