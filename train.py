@@ -238,6 +238,7 @@ class Run:
         self.config, self.world = config, World(config.device)
         self.mine, self.micro_batch = self.world.share(config)
         self.tokens, meta = open_data(config, self.world)
+        self.fixed_starts = {split: tokens.fixed_starts(max(config.eval_sequences, MEASURED_SEQUENCES)) for split, tokens in self.tokens.items()}
         self.out = Path(config.out_dir)
         cuda = self.world.device != 'cpu'
         self.dtype = config.dtype if config.dtype != 'auto' else 'bfloat16' if cuda else 'float32'
@@ -315,7 +316,7 @@ class Run:
 
     def losses(self, split):
         """Returns the loss on the first eval_sequences fixed windows and the commit rate of each sublayer, as one list."""
-        starts, n = self.tokens[split].fixed_starts(self.config.eval_sequences), self.micro_batch
+        starts, n = self.fixed_starts[split][:self.config.eval_sequences], self.micro_batch
         total = 0
         for i in range(0, len(starts), n * self.world.size):
             chunk = starts[i + n * self.world.rank:][:n]
@@ -327,9 +328,9 @@ class Run:
 
     def streams(self):
         """Returns the short measurement of every stream on the fixed windows, in the precision of training."""
-        tokens, statistics = self.tokens['val'], Statistics(topk=3)
+        starts, statistics = self.fixed_starts['val'][:MEASURED_SEQUENCES], Statistics(topk=3)
         with self.autocast():
-            collect(self.model, tokens, tokens.fixed_starts(MEASURED_SEQUENCES)[self.world.rank::self.world.size], 16, statistics)
+            collect(self.model, self.tokens['val'], starts[self.world.rank::self.world.size], 16, statistics)
         if self.world.size > 1:
             parts = [None] * self.world.size
             dist.all_gather_object(parts, {name: total.cpu() for name, total in statistics.sums.items()})
