@@ -505,6 +505,7 @@ def open_runs(args):
     runs, data = {}, set()
     for path, name in zip(paths.values(), names):
         checkpoint = load_checkpoint(path)
+        checkpoint.pop('optimizer', None)  # two thirds of a checkpoint, and all runs are held at once
         folder, model_args = dataset_folder(args.data or checkpoint['config']['dataset']), checkpoint['model_args']
         meta = read_meta(folder)
         tokens = Tokens(folder, args.split, model_args['block_size'], meta['vocab_size'])
