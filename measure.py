@@ -203,11 +203,11 @@ def headline(values, quoted_at=None):
     return {'value': number(values[0]), 'low': number(low), 'high': number(high), 'sublayer': sublayer, 'last': last}
 
 
-def attention_sink(q, k):
-    """q, k: (B, n_head, T, d / n_head). Returns (B, n_head): the mean probability that queries give to position 0. Gu et al. 2025, §3."""
+def attention_sink(attention, q, k):
+    """q, k: (B, n_head, T, d / n_head) of an Attention. Returns (B, n_head): the mean probability that queries give to position 0. Gu et al. 2025, §3."""
     one_hot = torch.zeros_like(k)
     one_hot[:, :, 0] = 1  # values that are 1 at position 0 and else 0: attention returns the probability itself
-    return F.scaled_dot_product_attention(q, k, one_hot, is_causal=True)[..., 0].mean(-1)
+    return attention.attend(q, k, one_hot)[..., 0].mean(-1)
 
 
 @contextmanager
@@ -235,7 +235,7 @@ def collect(model, tokens, starts, batch_size, statistics, extras=False, progres
 
     def on_qkv(layer, attention, qkv):
         q, k, _ = attention.heads(qkv)
-        statistics.add(('sink', layer), attention_sink(q, k))
+        statistics.add(('sink', layer), attention_sink(attention, q, k))
 
     device = next(model.parameters()).device
     with hooked(model, on_streams, on_qkv if extras else None):

@@ -35,7 +35,9 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     residual: str = 'baseline'     # a name in RESIDUALS, at the end of the operators below
+    mlp_ratio: int = 4             # width of the MLP over n_embd
     qk_norm: bool = False          # RMSNorm on each head's queries and keys
+    attn_bias_kv: bool = False     # one learned key and value a head, which every query sees: a place to rest other than the first token
     gate_rank: int = 64            # ledger: rank of the gates' maps, keeps the parameter count near the baseline's
     commit_sparsity: float = 0.02  # ledger: α, weight of the mean commit gate in the objective
     decode_gamma: float = 0.0      # ledger: γ, how much of D is decoded beside C; 1 turns a closed ledger into the baseline
@@ -93,24 +95,34 @@ class Attention(nn.Module):
         self.proj = linear(d, d)
         self.q_norm = RMSNorm(d // self.n_head) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(d // self.n_head) if config.qk_norm else nn.Identity()
+        self.bias_k, self.bias_v = (nn.Parameter(torch.zeros(d)) if config.attn_bias_kv else None for _ in 'kv')  # k′, v′ of Sun et al. 2024, §4
 
     def heads(self, qkv):
         """qkv: (B, T, 3d), what self.qkv returns. Returns queries, keys and values, each (B, n_head, T, d / n_head)."""
         q, k, v = qkv.unflatten(-1, (3, self.n_head, -1)).unbind(-3)
         return self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
 
+    def attend(self, q, k, v, bias_v=None):
+        """q, k, v: (B, n_head, T, d / n_head). Causal attention, the same shape. bias_v: (d,), the value of the learned key; None: zero."""
+        if self.bias_k is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        zero = torch.zeros_like(self.bias_k)
+        first = (zero, self.bias_k, zero if bias_v is None else bias_v)  # a position before all others; what its query finds is dropped
+        q, k, v = (torch.cat([b.to(x.dtype).view(1, self.n_head, 1, -1).expand(len(x), -1, -1, -1), x], 2) for b, x in zip(first, (q, k, v)))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, :, 1:]
+
     def forward(self, u):
-        y = F.scaled_dot_product_attention(*self.heads(self.qkv(u)), is_causal=True)
+        y = self.attend(*self.heads(self.qkv(u)), self.bias_v)
         return self.proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
-    """d → 4d → d with exact GELU. (B, T, d) → (B, T, d)."""
+    """d → mlp_ratio · d → d with exact GELU. (B, T, d) → (B, T, d)."""
 
     def __init__(self, config):
         super().__init__()
-        self.fc = linear(config.n_embd, 4 * config.n_embd, bias=True)
-        self.proj = linear(4 * config.n_embd, config.n_embd, bias=True)
+        self.fc = linear(config.n_embd, config.mlp_ratio * config.n_embd, bias=True)
+        self.proj = linear(config.mlp_ratio * config.n_embd, config.n_embd, bias=True)
 
     def forward(self, u):
         return self.proj(F.gelu(self.fc(u)))

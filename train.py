@@ -40,6 +40,7 @@ class Config:
     # the arm
     residual: str = 'baseline'     # or 'ledger': any name in model.RESIDUALS
     qk_norm: bool = False          # RMSNorm on each head's queries and keys: a plain suppression of the outlier
+    attn_bias_kv: bool = False     # a learned key and value a head: published to remove the outlier (Sun et al. 2024, §4)
     gate_rank: int = 64            # ledger: keeps its parameter count within 8% of the baseline's
     commit_sparsity: float = 0.02  # ledger: α, the price of committing
     decode_gamma: float = 0.0      # ledger: γ, 0 decodes C alone, which is the point of the experiment
@@ -48,6 +49,7 @@ class Config:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
+    mlp_ratio: int = 4             # width of the MLP over n_embd
     block_size: int = 1024         # tokens a sequence
     # the data
     dataset: str = 'fineweb_edu'   # data/<dataset>/, or a path if it has a slash

