@@ -111,9 +111,11 @@ class Attention(nn.Module):
         q, k, v = (torch.cat([b.to(x.dtype).view(1, self.n_head, 1, -1).expand(len(x), -1, -1, -1), x], 2) for b, x in zip(first, (q, k, v)))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, :, 1:]
 
+    def inner(self, u):
+        return self.attend(*self.heads(self.qkv(u)), self.bias_v).transpose(1, 2).flatten(2)
+
     def forward(self, u):
-        y = self.attend(*self.heads(self.qkv(u)), self.bias_v)
-        return self.proj(y.transpose(1, 2).flatten(2))
+        return self.proj(self.inner(u))
 
 
 class MLP(nn.Module):
@@ -124,8 +126,11 @@ class MLP(nn.Module):
         self.fc = linear(config.n_embd, config.mlp_ratio * config.n_embd, bias=True)
         self.proj = linear(config.mlp_ratio * config.n_embd, config.n_embd, bias=True)
 
+    def inner(self, u):
+        return F.gelu(self.fc(u))
+
     def forward(self, u):
-        return self.proj(F.gelu(self.fc(u)))
+        return self.proj(self.inner(u))
 
 
 # ---- Residual operators: one instance a sublayer. To make another: copy a class, change a line, add its name to RESIDUALS.
@@ -243,6 +248,20 @@ class GPT(nn.Module):
         self.sublayers = nn.ModuleList(Sublayer(config, s, function) for s, function in enumerate(functions))
         self.norm = RMSNorm(config.n_embd)
 
+    def embed(self, idx):
+        x = self.tok_emb(idx) + self.pos_emb.weight[:idx.shape[1]]
+        return x.bfloat16() if self.config.bf16_streams else x
+
+    def trunk(self, idx):
+        """Returns what the head sees, (B, T, d), and a list of each sublayer's mean commit gate, empty for an operator that has none."""
+        operator = RESIDUALS[self.config.residual]
+        streams, gates = operator.start(self.embed(idx)), []
+        for sublayer in self.sublayers:
+            streams, gate = sublayer(streams)
+            if gate is not None:
+                gates.append(gate.mean())
+        return self.norm(operator.decode(streams, self.config)), gates
+
     def forward(self, idx, targets=None):
         """idx, targets: (B, T) int64, T at most block_size.
         Without targets returns the logits, (B, T, V). With targets returns three things: the objective to minimize,
@@ -251,15 +270,8 @@ class GPT(nn.Module):
         T = idx.shape[1]
         if T > self.config.block_size:
             raise UserError(f'a sequence of {T} tokens is longer than block_size = {self.config.block_size}')
-        operator = RESIDUALS[self.config.residual]
-        x = self.tok_emb(idx) + self.pos_emb.weight[:T]
-        streams = operator.start(x.bfloat16() if self.config.bf16_streams else x)
-        gates = []
-        for sublayer in self.sublayers:
-            streams, gate = sublayer(streams)
-            if gate is not None:
-                gates.append(gate.mean())
-        logits = self.head(self.norm(operator.decode(streams, self.config)))
+        x, gates = self.trunk(idx)
+        logits = self.head(x)
         if targets is None:
             return logits
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())

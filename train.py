@@ -77,6 +77,7 @@ class Config:
     device: str = 'auto'           # cuda if there is one, else cpu
     dtype: str = 'auto'            # of autocast: bfloat16 on cuda, float32 (none) on cpu
     compile: bool = True           # torch.compile; a minute well spent, except for the smallest runs
+    kernels: bool = True           # kernels.py for the training step where it applies: the ledger in bfloat16 on a GPU
 
     def __post_init__(self):
         positive = ('lr', 'grad_clip', 'batch_size', 'max_iters', 'log_interval', 'eval_interval', 'eval_sequences', 'ckpt_interval')
@@ -98,7 +99,7 @@ class Config:
 
 
 # What may differ between a checkpoint and the command that resumes it: none of it changes a step that has been taken.
-FREE_TO_CHANGE = ('max_iters', 'out_dir', 'init_from', 'log_interval', 'eval_interval', 'ckpt_interval', 'snapshots', 'device', 'compile', 'micro_batch')
+FREE_TO_CHANGE = ('max_iters', 'out_dir', 'init_from', 'log_interval', 'eval_interval', 'ckpt_interval', 'snapshots', 'device', 'compile', 'kernels', 'micro_batch')
 PEAK_FLOPS = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12}  # dense bfloat16, from the vendor's data sheets
 MEASURED_SEQUENCES = 64  # windows of the short measurement in log.jsonl
 
@@ -247,7 +248,9 @@ class Run:
         torch.manual_seed(config.seed)
         self.model = GPT(config.model_config(meta['vocab_size'])).to(self.world.device)
         self.optimizer = make_optimizer(self.model, config)
-        self.step_model = torch.compile(self.model, fullgraph=True, dynamic=False) if config.compile else self.model
+        self.step_model = self.model_for_steps()
+        if config.compile:
+            self.step_model = torch.compile(self.step_model, fullgraph=True, dynamic=False)
         self.wrapped = DistributedDataParallel(self.step_model, gradient_as_bucket_view=True) if self.world.size > 1 else self.step_model
         self.constants = {'model_args': asdict(self.model.config), 'config': asdict(config), 'data_sha256': meta.get('sha256')}
         self.iter_num, self.val_loss, self.best_val_loss = 0, math.inf, math.inf
@@ -256,6 +259,18 @@ class Run:
         self.lock = None
         self.newest_is_whole = True                                  # ckpt.pt, that is: what cannot be read is not kept as ckpt_prev.pt
         self.optimizer.found_inf = self.broken                       # fused AdamW leaves the weights alone while this is 1
+
+    def model_for_steps(self):
+        """The model as the training step runs it: through kernels.py if that applies, and else as it stands."""
+        if not self.config.kernels or self.dtype != 'bfloat16' or self.world.device == 'cpu' or self.config.residual == 'baseline':
+            return self.model
+        try:
+            from kernels import fast
+        except ImportError:  # kernels.py was deleted, or there is no Triton
+            return self.model
+        fast_model = fast(self.model)
+        self.say('the ledger update runs through kernels.py' if fast_model else f'kernels.py is left out: it does not compute this {self.config.residual}')
+        return fast_model or self.model
 
     def autocast(self):
         return torch.autocast(self.world.device.split(':')[0], torch.bfloat16) if self.dtype == 'bfloat16' else nullcontext()
