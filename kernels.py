@@ -275,10 +275,11 @@ def fast(model):
     if RESIDUALS.get(model.config.residual) is not Ledger or model.config.gate_rank > 128:
         return None
     device = model.norm.weight.device
-    with torch.random.fork_rng(devices=[device]), torch.no_grad(), torch.autocast(device.type, HALF):
-        plain = GPT(replace(model.config, n_layer=1, vocab_size=64, block_size=64)).to(device)
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast(device.type, HALF):
+        plain = GPT(replace(model.config, n_layer=1, vocab_size=64, block_size=64))
         for parameter in plain.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
+        plain.to(device)
         idx = torch.arange(64, device=device)[None]
         expected, found = plain(idx), as_fast(plain)(idx)
     return as_fast(model) if (found - expected).norm() < 0.05 * expected.norm() else None

@@ -1,0 +1,81 @@
+"""The specification of kernels.py: the same function as model.py's plain formulas, forward and backward."""
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conftest import ROOT
+from model import GPT, GPTConfig, Ledger
+
+pytest.importorskip('triton', reason='kernels.py needs Triton')
+
+
+def shaken(**settings):
+    """A ledger none of whose parameters is zero or has another special value."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(residual='ledger', vocab_size=31, n_layer=2, **settings))
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+    return model
+
+
+def loss_and_gradients(step_model, parameters, idx, targets):
+    """Returns the two losses and the commit rates as one tensor, and the gradients by name, all in float64."""
+    objective, loss, commit_rate = step_model(idx, targets)
+    objective.backward()
+    gradients = {name: p.grad.double() for name, p in parameters.named_parameters()}
+    for p in parameters.parameters():
+        p.grad = None
+    return torch.cat([objective[None], loss[None], commit_rate]).detach().double(), gradients
+
+
+def error(found, expected):
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+ODD_SIZES = [dict(n_embd=48, n_head=3, block_size=23, gate_rank=10), dict(n_embd=136, n_head=2, block_size=37, gate_rank=33, decode_gamma=0.7)]
+
+
+def check_in_float32():
+    """Run by the test below in a process of its own: Triton's interpreter has to be chosen before it is imported."""
+    import kernels
+    kernels.HALF = torch.float32  # the interpreter multiplies no bfloat16
+    for sizes in ODD_SIZES:
+        model = shaken(**sizes)
+        exact = GPT(model.config).double()
+        exact.load_state_dict(model.state_dict())
+        idx, targets = torch.randint(0, 31, (2, 3, model.config.block_size))
+        outputs, gradients = loss_and_gradients(exact, exact, idx, targets)
+        found, found_gradients = loss_and_gradients(kernels.as_fast(model), model, idx, targets)
+        assert error(found, outputs) < 1e-6
+        for name, gradient in gradients.items():
+            assert error(found_gradients[name], gradient) < 3e-5 or (found_gradients[name] - gradient).norm() < 1e-8, name
+    assert kernels.fast(model)
+    Ledger.update = lambda self, streams, u, y: ({'D': streams['D'] + y, 'C': streams['C'] + streams['D']}, None)
+    assert kernels.fast(model) is None
+
+
+def test_the_kernels_compute_the_plain_formulas_and_their_gradients_and_notice_if_these_were_changed():
+    code = 'import sys; sys.path[:0] = ["tests", "."]; import test_kernels; test_kernels.check_in_float32()'
+    subprocess.run([sys.executable, '-c', code], cwd=ROOT, env={**os.environ, 'TRITON_INTERPRET': '1'}, check=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('bf16_streams', [False, True])
+@pytest.mark.parametrize('sizes', [*ODD_SIZES, dict(n_embd=768, n_head=12, block_size=129, gate_rank=64)])
+def test_on_a_gpu_the_error_against_float64_is_at_most_1_5_times_that_of_plain_bfloat16(sizes, bf16_streams):
+    import kernels
+    model = shaken(bf16_streams=bf16_streams, **sizes).cuda()
+    exact = GPT(replace(model.config, bf16_streams=False)).double().cuda()
+    exact.load_state_dict(model.state_dict())
+    idx, targets = torch.randint(0, 31, (2, 5, model.config.block_size), device='cuda')
+    outputs, gradients = loss_and_gradients(exact, exact, idx, targets)
+    with torch.autocast('cuda', torch.bfloat16):
+        (plain, plain_gradients), (found, found_gradients) = (loss_and_gradients(m, model, idx, targets) for m in (model, kernels.as_fast(model)))
+    assert error(found, outputs) < 1.5 * error(plain, outputs) + 1e-6
+    every = lambda some: torch.cat([some[name].flatten() for name in gradients])
+    assert error(every(found_gradients), every(gradients)) < 1.5 * error(every(plain_gradients), every(gradients))
