@@ -202,14 +202,17 @@ class Ledger(nn.Module):
         return streams['D'] + self.read_scale * streams['C']
 
     def update(self, streams, u, y):
-        D, C = streams['D'], streams['C']
+        return self.commit(self.deliberate(streams['D'], u, y), streams['C'], u)
+
+    def deliberate(self, D, u, y):
         e = torch.sigmoid(self.erase_gate(u))
         w = torch.sigmoid(self.write_gate(u))
         k = F.normalize(self.erase_direction(u).to(D.dtype), dim=-1, eps=1e-12)
-        D = D - e * k * (k * D).sum(-1, keepdim=True) + w * (y + self.write_map(y))
+        return D - e * k * (k * D).sum(-1, keepdim=True) + w * (y + self.write_map(y))
+
+    def commit(self, D, C, u):
         c = torch.sigmoid((u * self.commit_weight).sum(-1, keepdim=True) + self.commit_bias)  # a sum, not a product: autocast leaves it alone
-        C = C + c * (D + self.commit_map(D))
-        return {'D': D, 'C': C}, c
+        return {'D': D, 'C': C + c * (D + self.commit_map(D))}, c
 
     @staticmethod
     def decode(streams, config):
@@ -248,20 +251,6 @@ class GPT(nn.Module):
         self.sublayers = nn.ModuleList(Sublayer(config, s, function) for s, function in enumerate(functions))
         self.norm = RMSNorm(config.n_embd)
 
-    def embed(self, idx):
-        x = self.tok_emb(idx) + self.pos_emb.weight[:idx.shape[1]]
-        return x.bfloat16() if self.config.bf16_streams else x
-
-    def trunk(self, idx):
-        """Returns what the head sees, (B, T, d), and a list of each sublayer's mean commit gate, empty for an operator that has none."""
-        operator = RESIDUALS[self.config.residual]
-        streams, gates = operator.start(self.embed(idx)), []
-        for sublayer in self.sublayers:
-            streams, gate = sublayer(streams)
-            if gate is not None:
-                gates.append(gate.mean())
-        return self.norm(operator.decode(streams, self.config)), gates
-
     def forward(self, idx, targets=None):
         """idx, targets: (B, T) int64, T at most block_size.
         Without targets returns the logits, (B, T, V). With targets returns three things: the objective to minimize,
@@ -270,8 +259,15 @@ class GPT(nn.Module):
         T = idx.shape[1]
         if T > self.config.block_size:
             raise UserError(f'a sequence of {T} tokens is longer than block_size = {self.config.block_size}')
-        x, gates = self.trunk(idx)
-        logits = self.head(x)
+        operator = RESIDUALS[self.config.residual]
+        x = self.tok_emb(idx) + self.pos_emb.weight[:T]
+        streams = operator.start(x.bfloat16() if self.config.bf16_streams else x)
+        gates = []
+        for sublayer in self.sublayers:
+            streams, gate = sublayer(streams)
+            if gate is not None:
+                gates.append(gate.mean())
+        logits = self.head(self.norm(operator.decode(streams, self.config)))
         if targets is None:
             return logits
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
