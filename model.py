@@ -267,9 +267,12 @@ class GPT(nn.Module):
             streams, gate = sublayer(streams)
             if gate is not None:
                 gates.append(gate.mean())
-        logits = self.head(self.norm(operator.decode(streams, self.config)))
+        x = self.norm(operator.decode(streams, self.config))
         if targets is None:
-            return logits
+            return self.head(x)
+        # tensor cores want rows in multiples of 64: classes without weights, of a logit so low that they have no part in the loss
+        V, more = self.config.vocab_size, -self.config.vocab_size % 64
+        logits = F.linear(x, F.pad(self.head.weight, (0, 0, 0, more)), F.pad(x.new_zeros(V), (0, more), value=-1e9))
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         commit_rate = torch.stack(gates) if gates else loss.new_zeros(0)
         objective = loss + self.config.commit_sparsity * commit_rate.mean() if gates else loss
