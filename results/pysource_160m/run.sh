@@ -1,25 +1,146 @@
 #!/usr/bin/env bash
-# The 160m arms on Python source in GPT-2's BPE: one seed, 101M tokens each, a whole cosine; then all of them measured,
-# untrained weights included. On two GPUs about 15 minutes; with one, GPUS="0 0". To try it on a CPU:
-#   python data/pysource/prepare.py --stdlib --tokenizer=bytes --limit=2M --out=data/tiny
-#   SCALE=demo ITERS=20 DATASET=tiny bash results/pysource_160m/run.sh
-set -eu
-SCALE=${SCALE:-160m} ITERS=${ITERS:-4100} DATASET=${DATASET:-pysource} SEED=${SEED:-1337}
-read -r first second <<< "${GPUS:-0 1}"
+# The comparison at 160M: trains arms and seeds over the GPUs, measures each run and its untrained weights, and packs what is small. It goes on where it stopped:
+# a run that is packed, or lies beside this file, is skipped; one that was interrupted resumes from its checkpoint.
+#
+#   bash results/pysource_160m/run.sh                                                        four arms, one seed, 101M tokens each, on two GPUs
+#   SEEDS="1338 1339" bash results/pysource_160m/run.sh                                      other seeds
+#   ARMS="baseline_bias ledger_a0 ledger_a0.1 baseline_short" SHORT=2800 bash …              the positive control, other doses of α, a shorter whole cosine
+#   LIMIT=570 TGZ=$OUT/packed.tgz bash …                                                     stops by itself after so many seconds; all that is packed, in one file
+#
+# To try it on a CPU: python data/pysource/prepare.py --stdlib --tokenizer=bytes --limit=2M --out=data/tiny
+#   SCALE=demo ITERS=30 DATASET=tiny GPUS="" bash results/pysource_160m/run.sh
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+SCALE=${SCALE:-160m}     # 160m, 290m or demo: config/<arm>_<scale>.py
+ITERS=${ITERS:-4100}     # steps of a whole cosine; at 160m, 24 × 1024 tokens each
+SHORT=${SHORT:-3000}     # those of baseline_short, which should end within 0.01 nats of the ledger: verdicts.py says how near it came
+ARMS=${ARMS:-baseline ledger qknorm ledger_hs}
+SEEDS=${SEEDS:-1337}     # all arms of the first seed come before the next
+GPUS=${GPUS-0 1}         # a run at a time on each; "0 0" puts two on one; "" is the CPU
+DATASET=${DATASET:-pysource}
+EXTRA=${EXTRA:-}         # settings for every run, like "--lr=6e-4"; then name the runs apart with
+TAG=${TAG:-}             # what is added to the arm's name
+RUNS=${RUNS:-out}        # checkpoints
+PACK=${PACK:-out/packed} # <arm>_<scale>_<seed>/: log.jsonl, measure.json, controls.json, both for the untrained weights with _0, figures, run.json
+TGZ=${TGZ:-}             # a file that always holds all of PACK
+LIMIT=${LIMIT:-0}        # seconds; 0: none
+KEEP_FREE=${KEEP_FREE:-20} # GB: with less free on the disk, a packed run's newest checkpoint goes as well
+PYTHON=${PYTHON:-python}
+HERE=results/pysource_160m
+export PYTHONUNBUFFERED=1
 
-queue() {  # a GPU, then the arms that it trains one after the other; 143: a run that was told to stop, and goes on
-  export CUDA_VISIBLE_DEVICES=$1
+flags_of() {  # the config of an arm, and the settings that make it what its name says
+  case $1 in
+    baseline_bias) echo "baseline --attn_bias_kv=True" ;;
+    baseline_short) echo "baseline" ;;
+    ledger_a[0-9]*) echo "ledger --commit_sparsity=${1#ledger_a}" ;;
+    *) echo "$1" ;;
+  esac
+}
+
+within() {  # runs a command in what is left of LIMIT; train.py takes SIGTERM as the request to save and end
+  local left=0
+  if [ "$LIMIT" -gt 0 ]; then left=$((LIMIT - SECONDS)) && [ $left -gt 5 ] || return 124; fi
+  timeout --foreground -k 30 $left "$@" < /dev/null
+}
+
+logged() {  # run, then a command: its output goes to <run>/console.txt; itself, its seconds and its exit status to <run>/commands.txt
+  local run=$1 begin=$SECONDS status
   shift
-  for arm; do
-    until python train.py "config/${arm}_$SCALE.py" --dataset="$DATASET" --max_iters="$ITERS" --seed="$SEED" --snapshots=0 --init_from=auto \
-      >> "out/${arm}_$SCALE.txt" 2>&1; do [ $? = 143 ]; done
+  within "$@" >> "$RUNS/$run/console.txt" 2>&1
+  status=$?
+  echo "$((SECONDS - begin)) s, exit $status: $*" >> "$RUNS/$run/commands.txt"
+  if [ $status != 0 ]; then
+    echo "$run: exit $status of $*"
+    tail -n 3 "$RUNS/$run/console.txt"
+  fi
+  return $status
+}
+
+is_packed() { [ -e "$PACK/$1/run.json" ] || [ -e "$HERE/$1/run.json" ]; }
+
+archive() {  # replaced as a whole, by one worker at a time
+  [ -z "$TGZ" ] || ( flock 9; tar -C "$PACK" --exclude='./.*' -czf "$TGZ.tmp" . && mv "$TGZ.tmp" "$TGZ" ) 9> "$PACK/.lock"
+}
+
+describe() {  # what made a run: commands with seconds and exit status, commit, versions, machine
+  "$PYTHON" - "$RUNS/$1/commands.txt" "${COMMIT:-$(git rev-parse --short HEAD 2> /dev/null || echo unknown)}" <<'PYTHON'
+import json, platform, sys
+import numpy, torch
+gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+print(json.dumps({'commands': open(sys.argv[1]).read().splitlines(), 'commit': sys.argv[2], 'python': platform.python_version(),
+                  'torch': torch.__version__, 'numpy': numpy.__version__, 'device': gpu}, indent=1))
+PYTHON
+}
+
+pack() {  # a run appears under its name only when it is whole
+  local run=$1 part="$PACK/.$1.$BASHPID"
+  rm -rf "$PACK/.$run."*
+  mkdir -p "$part"
+  cp "$RUNS/$run/"{log.jsonl,{measure,controls}{,_0}.json,profile{,_0}.png,landscape.png,series.png} "$part" && describe "$run" > "$part/run.json" &&
+    sync "$part"/* && mv -T "$part" "$PACK/$run" || { rm -rf "$part"; return 1; }
+  archive
+  rm -f "$RUNS/$run/"ckpt_{prev,best}.pt
+  [ "$(df --output=avail -BG "$RUNS" | tail -n 1 | tr -dc 0-9)" -ge "$KEEP_FREE" ] || rm -f "$RUNS/$run/"ckpt*.pt
+  echo "$SECONDS s: packed $run"
+}
+
+add() {  # adds files to a run that is packed, each when it is whole
+  local run=$1 file
+  shift
+  for file; do cp "$file" "$PACK/$run/.new" && mv "$PACK/$run/.new" "$PACK/$run/$(basename "$file")"; done
+  archive
+}
+
+train_and_measure() {  # arm, seed
+  local arm=$1 seed=$2 run=$1${TAG}_${SCALE}_$2 iters=$ITERS config flags command
+  is_packed "$run" && return
+  read -r config flags <<< "$(flags_of "$arm")"
+  [ "$arm" = baseline_short ] && iters=$SHORT
+  command="train.py config/${config}_$SCALE.py $flags --dataset=$DATASET --max_iters=$iters --seed=$seed --snapshots=0 --eval_interval=250 --ckpt_interval=500 --out_dir=$RUNS/$run $EXTRA"
+  mkdir -p "$RUNS/$run"
+  if [ -e "$RUNS/$run/command" ] && [ "$(< "$RUNS/$run/command")" != "$command" ]; then
+    echo "$run: $RUNS/$run was begun as: $(< "$RUNS/$run/command"); remove it, or add TAG=_<name> for another run"
+    return 1
+  fi
+  echo "$command" > "$RUNS/$run/command"
+  logged "$run" "$PYTHON" $command --init_from=auto &&
+    logged "$run" "$PYTHON" measure.py --ckpt "$RUNS/$run/ckpt.pt" &&
+    logged "$run" "$PYTHON" measure.py --ckpt "$RUNS/$run/ckpt_0.pt" &&
+    logged "$run" "$PYTHON" $HERE/controls.py --ckpt "$RUNS/$run/"{ckpt,ckpt_0}.pt && pack "$run"
+}
+
+look_closer() {  # arm, seed: the analyses that one seed is enough for
+  local run=$1${TAG}_${SCALE}_$2 tool
+  for tool in intervene probe; do
+    [ -e "$tool.py" ] && [ -e "$PACK/$run/run.json" ] && [ ! -e "$PACK/$run/$tool.json" ] && [ -e "$RUNS/$run/ckpt.pt" ] || continue
+    logged "$run" "$PYTHON" "$tool.py" --ckpt "$RUNS/$run" && add "$run" "$RUNS/$run/$tool"*.{png,json}
   done
 }
 
-mkdir -p out
-queue "$first" baseline qknorm & one=$!
-queue "$second" ledger ledger_hs & other=$!
-wait $one
-wait $other
-python measure.py --ckpt out/*_"$SCALE"/ckpt.pt | tee out/measure.txt
-python measure.py --ckpt out/*_"$SCALE"/ckpt_0.pt --out=out/untrained | tee out/untrained.txt
+work() {  # a GPU or "": takes what nobody has taken
+  export CUDA_VISIBLE_DEVICES=$1
+  local arm seed task
+  for seed in $SEEDS; do
+    for arm in $ARMS; do mkdir "$CLAIMS/$arm.$seed" 2> /dev/null && train_and_measure "$arm" "$seed"; done
+  done
+  for task in baseline ledger; do
+    [ -e "$PACK/${task}${TAG}_${SCALE}_${SEEDS%% *}/run.json" ] && mkdir "$CLAIMS/closer.$task" 2> /dev/null && look_closer "$task" "${SEEDS%% *}"
+  done
+}
+
+mkdir -p "$RUNS" "$PACK"
+CLAIMS=$(mktemp -d)
+set -m  # every worker is a process group: it is stopped with what it runs
+stop() { trap - TERM INT EXIT; for job in $(jobs -p); do kill -TERM -- "-$job" 2> /dev/null; done; wait; rm -rf "$CLAIMS"; }
+trap 'stop; exit 143' TERM INT
+trap stop EXIT
+archive
+if [ "$DATASET" = pysource ] && [ ! -e data/pysource/train.bin ]; then within "$PYTHON" data/pysource/prepare.py || exit; fi
+read -ra gpus <<< "$GPUS"
+for gpu in "${gpus[@]:-}"; do work "$gpu" & done
+wait
+left=0
+for seed in $SEEDS; do for arm in $ARMS; do is_packed "$arm${TAG}_${SCALE}_$seed" || { echo "not packed yet: $arm${TAG}_${SCALE}_$seed"; left=1; }; done; done
+"$PYTHON" $HERE/verdicts.py "$PACK" > "$PACK/.verdicts.md" && mv "$PACK/.verdicts.md" "$PACK/verdicts.md" && archive
+exit $left
