@@ -4,7 +4,7 @@
 #
 #   bash results/pysource_160m/run.sh                                                        four arms, one seed, 101M tokens each, on two GPUs
 #   SEEDS="1338 1339" bash results/pysource_160m/run.sh                                      other seeds
-#   ARMS="baseline_bias ledger_a0 ledger_a0.1 baseline_short" SHORT=2800 bash …              the positive control, other doses of α, a shorter whole cosine
+#   ARMS="baseline_bias ledger_a0 ledger_a0.1 baseline_short2800" bash …                     the positive control, other doses of α, a whole cosine of 2800 steps
 #   LIMIT=570 TGZ=$OUT/packed.tgz bash …                                                     stops by itself after so many seconds; all that is packed, in one file
 #
 # To try it on a CPU: python data/pysource/prepare.py --stdlib --tokenizer=bytes --limit=2M --out=data/tiny
@@ -13,13 +13,11 @@ set -uo pipefail
 cd "$(dirname "$0")/../.."
 SCALE=${SCALE:-160m}     # 160m, 290m or demo: config/<arm>_<scale>.py
 ITERS=${ITERS:-4100}     # steps of a whole cosine; at 160m, 24 × 1024 tokens each
-SHORT=${SHORT:-3000}     # those of baseline_short, which should end within 0.01 nats of the ledger: verdicts.py says how near it came
 ARMS=${ARMS:-baseline ledger qknorm ledger_hs}
 SEEDS=${SEEDS:-1337}     # all arms of the first seed come before the next
 GPUS=${GPUS-0 1}         # a run at a time on each; "0 0" puts two on one; "" is the CPU
 DATASET=${DATASET:-pysource}
-EXTRA=${EXTRA:-}         # settings for every run, like "--lr=6e-4"; then name the runs apart with
-TAG=${TAG:-}             # what is added to the arm's name
+EXTRA=${EXTRA:-}         # settings for every run, like "--lr=6e-4": then RUNS and PACK of their own, and a folder of their own beside this one
 RUNS=${RUNS:-out}        # checkpoints
 PACK=${PACK:-out/packed} # <arm>_<scale>_<seed>/: log.jsonl, measure.json, controls.json, both for the untrained weights with _0, figures, run.json
 TGZ=${TGZ:-}             # a file that always holds all of PACK
@@ -31,10 +29,10 @@ export PYTHONUNBUFFERED=1
 
 flags_of() {  # the config of an arm, and the settings that make it what its name says
   case $1 in
-    baseline_bias) echo "baseline --attn_bias_kv=True" ;;
-    baseline_short) echo "baseline" ;;
-    ledger_a[0-9]*) echo "ledger --commit_sparsity=${1#ledger_a}" ;;
-    *) echo "$1" ;;
+    baseline_bias) echo "baseline --max_iters=$ITERS --attn_bias_kv=True" ;;
+    baseline_short[0-9]*) echo "baseline --max_iters=${1#baseline_short}" ;;
+    ledger_a[0-9]*) echo "ledger --max_iters=$ITERS --commit_sparsity=${1#ledger_a}" ;;
+    *) echo "$1 --max_iters=$ITERS" ;;
   esac
 }
 
@@ -57,7 +55,7 @@ logged() {  # run, then a command: its output goes to <run>/console.txt; itself,
   return $status
 }
 
-is_packed() { [ -e "$PACK/$1/run.json" ] || [ -e "$HERE/$1/run.json" ]; }
+is_packed() { [ -e "$PACK/$1/run.json" ] || [ -z "$EXTRA" -a -e "$HERE/$1/run.json" ]; }
 
 archive() {  # replaced as a whole, by one worker at a time
   [ -z "$TGZ" ] || ( flock 9; tar -C "$PACK" --exclude='./.*' -czf "$TGZ.tmp" . && mv "$TGZ.tmp" "$TGZ" ) 9> "$PACK/.lock"
@@ -93,11 +91,10 @@ add() {  # adds files to a run that is packed, each when it is whole
 }
 
 train_and_measure() {  # arm, seed
-  local arm=$1 seed=$2 run=$1${TAG}_${SCALE}_$2 iters=$ITERS config flags command
+  local run=$1_${SCALE}_$2 config flags command
   is_packed "$run" && return
-  read -r config flags <<< "$(flags_of "$arm")"
-  [ "$arm" = baseline_short ] && iters=$SHORT
-  command="train.py config/${config}_$SCALE.py $flags --dataset=$DATASET --max_iters=$iters --seed=$seed --snapshots=0 --eval_interval=250 --ckpt_interval=500 --out_dir=$RUNS/$run $EXTRA"
+  read -r config flags <<< "$(flags_of "$1")"
+  command="train.py config/${config}_$SCALE.py $flags --dataset=$DATASET --seed=$2 --snapshots=0 --eval_interval=250 --ckpt_interval=500 --out_dir=$RUNS/$run $EXTRA"
   mkdir -p "$RUNS/$run"
   if [ -e "$RUNS/$run/command" ] && [ "$(< "$RUNS/$run/command")" != "$command" ]; then
     echo "$run: $RUNS/$run was begun as: $(< "$RUNS/$run/command"); remove it, or add TAG=_<name> for another run"
@@ -111,7 +108,7 @@ train_and_measure() {  # arm, seed
 }
 
 look_closer() {  # arm, seed: the analyses that one seed is enough for
-  local run=$1${TAG}_${SCALE}_$2 tool
+  local run=$1_${SCALE}_$2 tool
   for tool in intervene probe; do
     [ -e "$tool.py" ] && [ -e "$PACK/$run/run.json" ] && [ ! -e "$PACK/$run/$tool.json" ] && [ -e "$RUNS/$run/ckpt.pt" ] || continue
     logged "$run" "$PYTHON" "$tool.py" --ckpt "$RUNS/$run" && add "$run" "$RUNS/$run/$tool"*.{png,json}
@@ -125,7 +122,7 @@ work() {  # a GPU or "": takes what nobody has taken
     for arm in $ARMS; do mkdir "$CLAIMS/$arm.$seed" 2> /dev/null && train_and_measure "$arm" "$seed"; done
   done
   for task in baseline ledger; do
-    [ -e "$PACK/${task}${TAG}_${SCALE}_${SEEDS%% *}/run.json" ] && mkdir "$CLAIMS/closer.$task" 2> /dev/null && look_closer "$task" "${SEEDS%% *}"
+    [ -e "$PACK/${task}_${SCALE}_${SEEDS%% *}/run.json" ] && mkdir "$CLAIMS/closer.$task" 2> /dev/null && look_closer "$task" "${SEEDS%% *}"
   done
 }
 
@@ -141,6 +138,6 @@ read -ra gpus <<< "$GPUS"
 for gpu in "${gpus[@]:-}"; do work "$gpu" & done
 wait
 left=0
-for seed in $SEEDS; do for arm in $ARMS; do is_packed "$arm${TAG}_${SCALE}_$seed" || { echo "not packed yet: $arm${TAG}_${SCALE}_$seed"; left=1; }; done; done
+for seed in $SEEDS; do for arm in $ARMS; do is_packed "${arm}_${SCALE}_$seed" || { echo "not packed yet: ${arm}_${SCALE}_$seed"; left=1; }; done; done
 "$PYTHON" $HERE/verdicts.py "$PACK" > "$PACK/.verdicts.md" && mv "$PACK/.verdicts.md" "$PACK/verdicts.md" && archive
 exit $left

@@ -7,10 +7,10 @@ The verdicts on the four published claims, by rules that were fixed before the r
 Prints Markdown tables and draws onset.png (when the outlier appears) and commits.png (what C is committed from) from <arm>_<scale>_<seed>/: measure.json and measure_0.json,
 the same of the untrained weights, log.jsonl, controls.json.
 
-- Apart: the 95% intervals over sequences do not overlap. A claim is a list of conditions, each judged in every seed: all hold: reproduced; some: partly; none: not reproduced.
+- Apart: the 95% intervals over sequences do not overlap. Each quantity of a claim is judged in every seed: all hold: reproduced; some: partly; none: not.
 - A stream has a start-token outlier if its start ratio is at least 3 times the untrained model's, apart; its start persistence is at least 0.5; and its start-token concentration is
-  above the untrained model's, apart.
-- Losses are matched within 0.01 nats: against a baseline of the same seed whose own, shorter cosine ends there (baseline_short); beside it, without intervals,
+  above the untrained model's, apart: all three, or it has none.
+- Losses are matched within 0.01 nats: with a baseline of the same seed whose own, shorter cosine ends there (baseline_short<steps>); beside it, without intervals,
   every run's training-time series is interpolated at the loss that all of the seed's runs reach.
 - Quantities rise with α if they never fall from dose to dose and the two ends are apart.
 """
@@ -27,11 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, 
 from measure import HEADLINES, QUOTED_AT, cell, figure, read_log, short
 from model import UserError
 
-MATCHED, DOSES = 0.01, 4   # nats; how many values of α claim 3 needs
+MATCHED, DOSES = 0.01, 4    # nats; how many values of α claim 3 needs
+WORDS = ('reproduced', 'partly', 'not reproduced')
 TIMES, PERSISTENT = 3, 0.5  # of existence
-SHORT = 'short'             # arms named so end at another run's loss on purpose: they do not say which loss all reach
-CLAIMS = {1: 'at matched loss, the outlier is rebuilt in C', 2: 'C: smaller than in h, and more concentrated on the start token',
-          3: 'a higher price α on committing: more persistent, more concentrated', 4: 'QK-norm lowers the outlier of the baseline'}
+SHORT = 'baseline_short'    # arms whose name begins so end at another run's loss on purpose: they do not say which loss all reach
 SERIES = ('fixed_dim_ratio', 'start_ratio', 'start_token_concentration', 'persistence', 'start_persistence', 'kurtosis')
 
 
@@ -56,8 +55,8 @@ def read_runs(folder):
 
 
 def decoded(report):
-    """Returns the name of the stream that the head reads, and its entry in measure.json."""
-    return next((name, s) for name, s in report['streams'].items() if s['decoded'])
+    """Returns the name of the stream that the head reads."""
+    return next(name for name, s in report['streams'].items() if s['decoded'])
 
 
 def below(x, y):
@@ -65,127 +64,140 @@ def below(x, y):
     return None not in (x['high'], y['low']) and x['high'] < y['low']
 
 
-def condition(seed, text, holds, *numbers):
-    """One line of evidence; numbers: (label, headline or number), as many as went into it."""
-    return {'seed': seed, 'text': text, 'holds': bool(holds),
-            'numbers': '; '.join(f'{label} {cell(x) if isinstance(x, dict) else short(x, 4)}' for label, x in numbers)}
+def condition(seed, quantity, text, holds, **numbers):
+    """One line of evidence. Lines of the same seed and quantity stand or fall together. numbers: the headlines that went into it, by label."""
+    return {'seed': seed, 'quantity': quantity, 'text': text, 'holds': bool(holds), 'numbers': '; '.join(f'{label} {cell(x)}' for label, x in numbers.items())}
 
 
 def compare(seed, key, low, high):
     """Evidence that the quantity `key` of one stream lies below that of another, apart. low, high: (label, entry of measure.json)."""
-    return condition(seed, f'{HEADLINES[key]} of {low[0]} below that of {high[0]}, apart', below(low[1][key], high[1][key]), (low[0], low[1][key]), (high[0], high[1][key]))
+    (a, x), (b, y) = low, high
+    return condition(seed, key, f'{HEADLINES[key]} of {a} below that of {b}, apart', below(x[key], y[key]), **{a: x[key], b: y[key]})
 
 
 def existence(run, stream, seed):
     """The three conditions for a start-token outlier in a stream; none if the untrained weights were not measured."""
     if run['untrained'] is None:
         return []
-    s, untrained, who = run['measure']['streams'][stream], run['untrained']['streams'][stream], f"{run['name']} {stream}"
-    ratio, before = s['start_ratio'], untrained['start_ratio']
-    return [
-        condition(seed, f'start ratio of {who} at least {TIMES} times the untrained, apart',
-                  None not in (ratio['value'], before['value']) and ratio['value'] >= TIMES * before['value'] and below(before, ratio), ('', ratio), ('untrained', before)),
-        condition(seed, f'start persistence of {who} at least {PERSISTENT}', s['start_persistence']['value'] >= PERSISTENT, ('', s['start_persistence'])),
-        condition(seed, f'start-token conc. of {who} above the untrained, apart', below(untrained['start_token_concentration'], s['start_token_concentration']),
-                  ('', s['start_token_concentration']), ('untrained', untrained['start_token_concentration']))]
+    s, untrained = run['measure']['streams'][stream], run['untrained']['streams'][stream]
+    ratio, before, after, at_first = s['start_ratio'], untrained['start_ratio'], s['start_token_concentration'], untrained['start_token_concentration']
+    large = None not in (ratio['value'], before['value']) and ratio['value'] >= TIMES * before['value']
+    return [condition(seed, 'outlier', f'start ratio of {stream} at least {TIMES} times the untrained, apart', large and below(before, ratio), trained=ratio, untrained=before),
+            condition(seed, 'outlier', f'start persistence of {stream} at least {PERSISTENT}', s['start_persistence']['value'] >= PERSISTENT, trained=s['start_persistence']),
+            condition(seed, 'outlier', f'start-token conc. of {stream} above the untrained, apart', below(at_first, after), trained=after, untrained=at_first)]
 
 
-def pairs(runs, arm, partner):
-    """Yields (seed, run or None, partner's run or None) for every seed of the two arms."""
-    for seed in sorted({seed for name, seed in runs if name in (arm, partner)}) or [None]:
-        yield seed, runs.get((arm, seed)), runs.get((partner, seed))
+def existence_in(runs, arm):
+    """Has the decoded stream of an arm a start-token outlier? Returns evidence, and what is missing."""
+    evidence, needs = [], [] if any(name == arm for name, _ in runs) else [arm]
+    for (name, seed), run in runs.items():
+        if name == arm:
+            lines = existence(run, decoded(run['measure']), seed)
+            evidence, needs = evidence + lines, needs + [f'the untrained {arm} of seed {seed}, measured'] * (not lines)
+    return evidence, needs
 
 
-def missing(seed, **named):
-    """Says which of the runs are None."""
-    return [f"{arm}{'' if seed is None else f', seed {seed}'}" for arm, run in named.items() if run is None]
-
-
-def matched_partner(runs, seed):
-    """Returns the baseline of the seed whose loss is nearest to the ledger's, and the difference, ledger − baseline, in nats."""
-    loss = runs['ledger', seed]['measure']['val_loss']
-    near = [(run, loss - run['measure']['val_loss']) for (arm, other), run in runs.items() if other == seed and arm in ('baseline', f'baseline_{SHORT}')]
+def nearest_baseline(runs, seed):
+    """Returns the baseline of the seed whose loss is nearest to its ledger's, and the difference, ledger − baseline, in nats; (None, ∞) without either."""
+    ledger = runs.get(('ledger', seed))
+    near = [(run, ledger['measure']['val_loss'] - run['measure']['val_loss']) for (arm, other), run in runs.items()
+            if ledger and other == seed and (arm == 'baseline' or arm.startswith(SHORT))]
     return min(near, key=lambda pair: abs(pair[1]), default=(None, math.inf))
 
 
-def claim_1(runs):
-    evidence, needs = [], []
-    for seed in sorted(seed for arm, seed in runs if arm == 'ledger') or [None]:
-        if seed is None:
-            needs.append('ledger')
+def matched(runs):
+    """Returns the ledgers, each with the baseline of its seed that ends at the same loss as the arm `baseline`, and what is missing."""
+    found, needs = {}, [] if any(arm == 'ledger' for arm, _ in runs) else ['ledger']
+    for seed in (seed for arm, seed in runs if arm == 'ledger'):
+        ledger, (partner, difference) = runs['ledger', seed], nearest_baseline(runs, seed)
+        if abs(difference) <= MATCHED:
+            found |= {('ledger', seed): ledger, ('baseline', seed): partner}
             continue
-        partner, difference = matched_partner(runs, seed)
-        if abs(difference) > MATCHED:
-            needs.append(f'a baseline of seed {seed} that ends within {MATCHED} nats of the ledger'
-                         + (f" (nearest: {partner['name']}, {abs(difference):.3f} nats {'below' if difference > 0 else 'above'})" if partner else ''))
-        elif not (lines := existence(runs['ledger', seed], 'C', seed)):
-            needs.append(f'the untrained ledger of seed {seed}, measured')
-        else:
-            lines[0]['numbers'] += f"; loss {difference:+.4f} nats against {partner['name']}"
-            evidence += lines
-    return evidence, needs
+        need = f'a baseline of seed {seed} that ends within {MATCHED} nats of the ledger'
+        if partner:
+            need += f" (nearest: {partner['name']}, {abs(difference):.3f} nats {'below' if difference > 0 else 'above'})"
+            passed = difference > 0 and ledger['log'] and at_loss(partner['log'], ledger['log'][-1]['val_loss'])
+            need += f': it passes there at step {passed[0]:.0f}, and a whole cosine needs fewer' if passed else ''
+        needs.append(need)
+    return found, needs
 
 
-def claim_2(runs, partner='baseline'):
-    evidence, needs = [], []
-    for seed, ledger, baseline in pairs(runs, 'ledger', partner):
-        needs += missing(seed, ledger=ledger, **{partner: baseline})
-        if ledger and baseline:
-            C, h = (('C', ledger['measure']['streams']['C']), ('h', baseline['measure']['streams']['h']))
-            evidence += [compare(seed, 'fixed_dim_ratio', C, h), compare(seed, 'start_token_concentration', h, C)]
-    return evidence, needs
+def rebuilt(runs):
+    pairs, needs = matched(runs)
+    evidence, more = existence_in(pairs, 'ledger') if pairs else ([], [])
+    return evidence, needs + more
 
 
-def claim_3(runs):
-    evidence, needs = [], []
-    for seed in sorted({seed for arm, seed in runs if arm.startswith('ledger')}) or [None]:
-        doses = {run['measure']['model']['commit_sparsity']: run['measure']['streams']['C'] for (arm, other), run in sorted(runs.items())
+def pairs_of(runs, arm):
+    """Returns [(seed, run of the arm, baseline)] of every seed that has both, and what is missing."""
+    seeds = sorted({seed for name, seed in runs if name in (arm, 'baseline')})
+    needs = [f'{name}, seed {seed}' for seed in seeds for name in (arm, 'baseline') if (name, seed) not in runs] if seeds else [arm, 'baseline']
+    return [(seed, runs[arm, seed]['measure']['streams'], runs['baseline', seed]['measure']['streams']) for seed in seeds
+            if (arm, seed) in runs and ('baseline', seed) in runs], needs
+
+
+def smaller_and_more_concentrated(runs):
+    pairs, needs = pairs_of(runs, 'ledger')
+    return [line for seed, ledger, baseline in pairs for C, h in [(('C', ledger['C']), ('h', baseline['h']))]
+            for line in (compare(seed, 'fixed_dim_ratio', C, h), compare(seed, 'start_token_concentration', h, C))], needs
+
+
+def smaller_at_matched_loss(runs):
+    pairs, needs = matched(runs)
+    return (smaller_and_more_concentrated(pairs)[0] if pairs else []), needs
+
+
+def rises_with_price(runs):
+    evidence, needs = [], [] if any(arm == 'ledger' for arm, _ in runs) else [f'{DOSES} doses of α']
+    for seed in sorted({seed for arm, seed in runs if arm == 'ledger'}):
+        doses = {run['measure']['model']['commit_sparsity']: run['measure']['streams']['C'] for (arm, other), run in runs.items()
                  if other == seed and re.fullmatch(r'ledger(_hs|_a[\d.]+)?', arm)}
         alphas = sorted(doses)
         if len(alphas) < DOSES:
-            needs.append(f"{DOSES} doses of α{'' if seed is None else f' in seed {seed}'} (so far: {', '.join(f'{a:g}' for a in alphas) or 'none'})")
+            needs.append(f"{DOSES} doses of α in seed {seed} (so far: {', '.join(f'{a:g}' for a in alphas)})")
             continue
         for key in ('persistence', 'start_token_concentration'):
-            series = [doses[a][key] for a in alphas]
-            values = [x['value'] for x in series]
-            rises = None not in values and all(a <= b for a, b in zip(values, values[1:])) and below(series[0], series[-1])
-            evidence.append(condition(seed, f'{HEADLINES[key]} of C rises with α, ends apart', rises, *((f'α = {a:g}:', x) for a, x in zip(alphas, series))))
+            series = {f'α = {a:g}': doses[a][key] for a in alphas}
+            values, (first, *_, last) = [x['value'] for x in series.values()], series.values()
+            rises = None not in values and values == sorted(values) and below(first, last)
+            evidence.append(condition(seed, key, f'{HEADLINES[key]} of C rises with α, ends apart', rises, **series))
     return evidence, needs
 
 
-def claim_4(runs):
-    evidence, needs = [], []
-    for seed, qknorm, baseline in pairs(runs, 'qknorm', 'baseline'):
-        needs += missing(seed, qknorm=qknorm, baseline=baseline)
-        if qknorm and baseline:
-            q, b = (('qknorm', qknorm['measure']['streams']['h']), ('baseline', baseline['measure']['streams']['h']))
-            evidence += [compare(seed, key, q, b) for key in ('fixed_dim_ratio', 'kurtosis')]
-    return evidence, needs
+def lowered_by_qknorm(runs):
+    pairs, needs = pairs_of(runs, 'qknorm')
+    return [compare(seed, key, ('qknorm', q['h']), ('baseline', b['h'])) for seed, q, b in pairs for key in ('fixed_dim_ratio', 'kurtosis')], needs
 
 
-def verdict(evidence, needs):
-    """'reproduced', 'partly', 'not reproduced' or 'cannot be judged yet', with the seeds and with what is missing."""
+# What is judged, by what, and in which words: all quantities hold in all seeds, some do, none does.
+JUDGED = {
+    'premise': ('the baseline has a start-token outlier in h', lambda runs: existence_in(runs, 'baseline'), ('yes', 'in some seeds', 'no')),
+    '1': ('at matched loss, the outlier is rebuilt in C', rebuilt, WORDS),
+    '2': ('in C it is smaller than in h, and more concentrated on the start token', smaller_and_more_concentrated, WORDS),
+    '2, at matched loss': ('the same against the baseline that ends at the same loss', smaller_at_matched_loss, WORDS),
+    '3': ('a higher price α on committing makes it more persistent and more concentrated', rises_with_price, WORDS),
+    '4': ('QK-norm lowers it in the baseline', lowered_by_qknorm, WORDS),
+    'control': ('with explicit attention biases, h has a start-token outlier', lambda runs: existence_in(runs, 'baseline_bias'), ('yes', 'in some seeds', 'no'))}
+
+
+def verdict(evidence, needs, words):
+    """words: for all, some and none of the quantities in all seeds. Returns one of them, with the count and what is missing, or that it cannot be judged yet."""
     wanted = f"needs {'; '.join(dict.fromkeys(needs))}"
     if not evidence:
         return f'cannot be judged yet: {wanted}'
-    held, seeds = [e['holds'] for e in evidence], len({e['seed'] for e in evidence})
-    word = 'reproduced' if all(held) else 'partly' if any(held) else 'not reproduced'
-    return f"{word} ({sum(held)} of {len(held)} conditions, {seeds} seed{'s' * (seeds > 1)})" + (f'; {wanted}' if needs else '')
+    held = {}
+    for line in evidence:
+        held[line['seed'], line['quantity']] = held.get((line['seed'], line['quantity']), True) and line['holds']
+    word, seeds = words[0 if all(held.values()) else 1 if any(held.values()) else 2], len({seed for seed, _ in held})
+    return f"{word} ({sum(held.values())} of {len(held)}; {seeds} seed{'s' * (seeds > 1)})" + (f'; {wanted}' if needs else '')
 
 
 def judge(runs):
-    """Returns {title: (verdict, evidence)} for the four claims, claim 2 also against the baseline of the same loss."""
+    """Returns {what: (its text, verdict, evidence)} of everything in JUDGED."""
     judged = {}
-    for n, claim in {1: claim_1, 2: claim_2, 3: claim_3, 4: claim_4}.items():
-        evidence, needs = claim(runs)
-        judged[f'{n}. {CLAIMS[n]}'] = verdict(evidence, needs), evidence
-        if n == 2:
-            matched = {(arm, seed): run for (arm, seed), run in runs.items() if arm == 'ledger' or arm == f'baseline_{SHORT}'}
-            for _, seed in [key for key in matched if key[0] == 'ledger']:
-                if abs(matched_partner(matched, seed)[1]) > MATCHED:
-                    matched.pop((f'baseline_{SHORT}', seed), None)
-            evidence, needs = claim_2(matched, f'baseline_{SHORT}')
-            judged['2, against the baseline that ends at the same loss'] = verdict(evidence, needs), evidence
+    for what, (text, rule, words) in JUDGED.items():
+        evidence, needs = rule(runs)
+        judged[what] = text, verdict(evidence, needs, words), evidence
     return judged
 
 
@@ -215,7 +227,7 @@ def matched_series(runs):
     """Returns {seed: (loss, {run's name: at_loss of it})}: the loss that all runs of a seed reach is the highest of their last ones."""
     result = {}
     for seed in sorted({seed for _, seed in runs}):
-        logs = {run['name']: run['log'] for (arm, other), run in runs.items() if other == seed and run['log'] and not arm.endswith(SHORT)}
+        logs = {run['name']: run['log'] for (arm, other), run in runs.items() if other == seed and run['log'] and not arm.startswith(SHORT)}
         if len(logs) > 1:
             loss = max(log[-1]['val_loss'] for log in logs.values())
             result[seed] = loss, {name: at_loss(log, loss) for name, log in logs.items()}
@@ -227,13 +239,12 @@ def markdown(header, rows):
 
 
 def verdict_table(runs):
-    return markdown(['claim', 'verdict'], [(title, text) for title, (text, _) in judge(runs).items()])
+    return markdown(['claim', 'is', 'verdict'], [(what, text, word) for what, (text, word, _) in judge(runs).items()])
 
 
 def evidence_table(runs):
-    return markdown(['claim', 'seed', 'condition', 'numbers', 'holds'], [
-        (title.split('.')[0].split(',')[0] + '*' * (',' in title[:2]), e['seed'], e['text'], e['numbers'], 'yes' if e['holds'] else 'no')
-        for title, (_, evidence) in judge(runs).items() for e in evidence])
+    return markdown(['claim', 'seed', 'condition', 'numbers', 'holds'], [(what, e['seed'], e['text'], e['numbers'], 'yes' if e['holds'] else 'no')
+                                                                         for what, (_, _, evidence) in judge(runs).items() for e in evidence])
 
 
 def existence_table(runs):
@@ -241,7 +252,7 @@ def existence_table(runs):
     for (arm, seed), run in runs.items():
         for stream, s in run['measure']['streams'].items():
             lines = existence(run, stream, seed)
-            marks = [f"{line['numbers'].strip()}: {'yes' if line['holds'] else 'no'}" for line in lines] or ['untrained not measured'] * 3
+            marks = [f"{line['numbers'].replace('trained ', '', 1)}: {'yes' if line['holds'] else 'no'}" for line in lines] or ['untrained not measured'] * 3
             rows.append((run['name'], f'**{stream}**' if s['decoded'] else stream, cell(run['measure']['loss']), *marks,
                          '–' if not lines else 'yes' if all(line['holds'] for line in lines) else 'no'))
     return markdown(['run', 'stream', 'loss', f'start ratio, ≥ {TIMES} × untrained', f'start persistence, ≥ {PERSISTENT}', 'start-token conc., above untrained', 'outlier'], rows)
@@ -274,19 +285,22 @@ def draw_onset(runs, path, key='start_ratio'):
     data = [np.array([[math.nan if v is None else v for v in line['streams'][stream][key]] for line in log]).T for _, log, stream in panels]
     norm = LogNorm(min(np.nanmin(x) for x in data), max(np.nanmax(x) for x in data))
     columns = min(3, len(panels))
-    with figure(path, f'{HEADLINES[key]} (largest ÷ median dimension at position 0) during training, along the depth', math.ceil(len(panels) / columns), columns, (4.2, 3)) as axes:
+    with figure(path, f'{HEADLINES[key]} (largest ÷ median dimension at position 0) during training, along the depth', math.ceil(len(panels) / columns), columns, (4, 2.9)) as axes:
+        axes = list(axes)
         for axis, (title, log, stream), x in zip(axes, panels, data):
             steps, peak = [line['iter'] for line in log], np.nanmax(x, 0)
-            onset = next((step for step, v in zip(steps, peak) if v >= TIMES * peak[0]), None)
+            onset = next((step for step, v in zip(steps, peak) if v >= TIMES * peak[0]), None)  # the rule's factor, on the log's few windows
             mesh = axis.pcolormesh([*steps, steps[-1] * 1.15 + 1], np.arange(len(x) + 1) - 0.5, x, norm=norm, cmap='cividis')  # from its step to the next
             axis.set_xscale('symlog', linthresh=1)
-            axis.set(title=f"{title}\n{TIMES} × step 0: {'never' if onset is None else f'from step {onset}'}", xlabel='training step', ylabel='sublayer')
-            axis.title.set_size('medium')
+            axis.xaxis.set_major_formatter('{x:g}')
+            axis.set(xlabel='training step', ylabel='sublayer')
+            axis.set_title(f"{title}\n{'never' if onset is None else f'first at step {onset}:'} {TIMES} × step 0's largest", fontsize='medium')
             if onset is not None:
                 axis.axvline(onset, color='white', linestyle='--', linewidth=1)
-            axis.figure.colorbar(mesh, ax=axis, format='{x:g}')
-        for axis in list(axes)[len(panels):]:
+        for axis in axes[len(panels):]:
             axis.set_axis_off()
+        ticks = [n * 10.0**k for k in range(-2, 6) for n in (1, 2, 3, 5, 7) if norm.vmin <= n * 10.0**k <= norm.vmax]
+        axes[0].figure.colorbar(mesh, ax=axes, ticks=ticks, format='{x:g}', label=HEADLINES[key]).minorticks_off()
 
 
 def draw_commits(runs, path):
@@ -304,14 +318,15 @@ def draw_commits(runs, path):
                 if 'mean_at_others' in last:
                     other = last[place.split('_at_')[0] + '_at_others']
                     axis.plot(x, [(a + b) / other['magnitude'] for a, b in zip(other['identity'], other['map'])], color='#000000', marker='.', linewidth=1, label='both, other dimensions')
-                axis.set(title=f"{name}: {label} = {last[place]['dim']}, |C| = {short(last[place]['magnitude'], 3)}", xlabel='committing sublayer', ylabel='share')
-                axis.title.set_size('medium')
+                axis.set_title(f"{name}: {label} = {last[place]['dim']}, mean |C| = {short(last[place]['magnitude'], 3)}", fontsize='medium')
+                axis.set(xlabel='committing sublayer', ylabel='share')
+                axis.xaxis.get_major_locator().set_params(integer=True)
                 axis.axhline(0, color='#999999', linewidth=0.8)
                 axis.grid(alpha=0.3)
         axes[0].legend(fontsize='small')
 
 
-TABLES = {'Existence': existence_table, 'Verdicts': verdict_table, 'Evidence (2*: at matched loss)': evidence_table,
+TABLES = {'Existence': existence_table, 'Verdicts': verdict_table, 'Evidence': evidence_table,
           'At the loss that all runs of a seed reach, interpolated; largest value over the sublayers, no intervals': matched_table, 'Controls': controls_table}
 
 
