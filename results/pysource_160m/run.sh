@@ -5,7 +5,7 @@
 #   bash results/pysource_160m/run.sh                                                        four arms, one seed, 101M tokens each, on two GPUs
 #   SEEDS="1338 1339" bash results/pysource_160m/run.sh                                      other seeds
 #   ARMS="baseline_bias ledger_a0 ledger_a0.1 baseline_short2800" bash …                     the positive control, other doses of α, a whole cosine of 2800 steps
-#   LIMIT=570 TGZ=$OUT/packed.tgz bash …                                                     stops by itself after so many seconds; all that is packed, in one file
+#   LIMIT=550 TGZ=$OUT/packed.tgz bash …                                                     stops by itself after so many seconds; all that is packed, in one file
 #
 # To try it on a CPU: python data/pysource/prepare.py --stdlib --tokenizer=bytes --limit=2M --out=data/tiny
 #   SCALE=demo ITERS=30 DATASET=tiny GPUS="" bash results/pysource_160m/run.sh
@@ -13,13 +13,13 @@ set -uo pipefail
 cd "$(dirname "$0")/../.."
 SCALE=${SCALE:-160m}     # 160m, 290m or demo: config/<arm>_<scale>.py
 ITERS=${ITERS:-4100}     # steps of a whole cosine; at 160m, 24 × 1024 tokens each
-ARMS=${ARMS:-baseline ledger qknorm ledger_hs}
+ARMS=${ARMS:-ledger baseline ledger_hs qknorm}
 SEEDS=${SEEDS:-1337}     # all arms of the first seed come before the next
 GPUS=${GPUS-0 1}         # a run at a time on each; "0 0" puts two on one; "" is the CPU
 DATASET=${DATASET:-pysource}
 EXTRA=${EXTRA:-}         # settings for every run, like "--lr=6e-4": then RUNS and PACK of their own, and a folder of their own beside this one
 RUNS=${RUNS:-out}        # checkpoints
-PACK=${PACK:-out/packed} # <arm>_<scale>_<seed>/: log.jsonl, measure.json, controls.json, both for the untrained weights with _0, figures, run.json
+PACK=${PACK:-out/packed} # <arm>_<scale>_<seed>/: log.jsonl, measure.json, controls.json, both for the untrained weights with _0, figures, recipe.json
 TGZ=${TGZ:-}             # a file that always holds all of PACK
 LIMIT=${LIMIT:-0}        # seconds; 0: none
 KEEP_FREE=${KEEP_FREE:-20} # GB: with less free on the disk, a packed run's newest checkpoint goes as well
@@ -38,7 +38,7 @@ flags_of() {  # the config of an arm, and the settings that make it what its nam
 
 within() {  # runs a command in what is left of LIMIT; train.py takes SIGTERM as the request to save and end
   local left=0
-  if [ "$LIMIT" -gt 0 ]; then left=$((LIMIT - SECONDS)) && [ $left -gt 5 ] || return 124; fi
+  if [ "$LIMIT" -gt 0 ]; then left=$((LIMIT - SECONDS)) && [ $left -gt 0 ] || return 124; fi
   timeout --foreground -k 30 $left "$@" < /dev/null
 }
 
@@ -55,7 +55,7 @@ logged() {  # run, then a command: its output goes to <run>/console.txt; itself,
   return $status
 }
 
-is_packed() { [ -e "$PACK/$1/run.json" ] || [ -z "$EXTRA" -a -e "$HERE/$1/run.json" ]; }
+is_packed() { [ -e "$PACK/$1/recipe.json" ] || [ -z "$EXTRA" -a -e "$HERE/$1/recipe.json" ]; }
 
 archive() {  # replaced as a whole, by one worker at a time
   [ -z "$TGZ" ] || ( flock 9; tar -C "$PACK" --exclude='./.*' -czf "$TGZ.tmp" . && mv "$TGZ.tmp" "$TGZ" ) 9> "$PACK/.lock"
@@ -75,7 +75,7 @@ pack() {  # a run appears under its name only when it is whole
   local run=$1 part="$PACK/.$1.$BASHPID"
   rm -rf "$PACK/.$run."*
   mkdir -p "$part"
-  cp "$RUNS/$run/"{log.jsonl,{measure,controls}{,_0}.json,profile{,_0}.png,landscape.png,series.png} "$part" && describe "$run" > "$part/run.json" &&
+  cp "$RUNS/$run/"{log.jsonl,{measure,controls}{,_0}.json,profile{,_0}.png,landscape.png,series.png} "$part" && describe "$run" > "$part/recipe.json" &&
     sync "$part"/* && mv -T "$part" "$PACK/$run" || { rm -rf "$part"; return 1; }
   archive
   rm -f "$RUNS/$run/"ckpt_{prev,best}.pt
@@ -97,7 +97,7 @@ train_and_measure() {  # arm, seed
   command="train.py config/${config}_$SCALE.py $flags --dataset=$DATASET --seed=$2 --snapshots=0 --eval_interval=250 --ckpt_interval=500 --out_dir=$RUNS/$run $EXTRA"
   mkdir -p "$RUNS/$run"
   if [ -e "$RUNS/$run/command" ] && [ "$(< "$RUNS/$run/command")" != "$command" ]; then
-    echo "$run: $RUNS/$run was begun as: $(< "$RUNS/$run/command"); remove it, or add TAG=_<name> for another run"
+    echo "$run: $RUNS/$run was begun as: $(< "$RUNS/$run/command"): remove it, or give this one RUNS and PACK of its own"
     return 1
   fi
   echo "$command" > "$RUNS/$run/command"
@@ -110,19 +110,21 @@ train_and_measure() {  # arm, seed
 look_closer() {  # arm, seed: the analyses that one seed is enough for
   local run=$1_${SCALE}_$2 tool
   for tool in intervene probe; do
-    [ -e "$tool.py" ] && [ -e "$PACK/$run/run.json" ] && [ ! -e "$PACK/$run/$tool.json" ] && [ -e "$RUNS/$run/ckpt.pt" ] || continue
+    [ -e "$tool.py" ] && [ -e "$PACK/$run/recipe.json" ] && [ ! -e "$PACK/$run/$tool.json" ] && [ -e "$RUNS/$run/ckpt.pt" ] || continue
     logged "$run" "$PYTHON" "$tool.py" --ckpt "$RUNS/$run" && add "$run" "$RUNS/$run/$tool"*.{png,json}
   done
 }
 
 work() {  # a GPU or "": takes what nobody has taken
+  set +m
+  trap 'exit 143' TERM  # once the command at hand, which is told as well, has ended: a training saves first
   export CUDA_VISIBLE_DEVICES=$1
   local arm seed task
   for seed in $SEEDS; do
     for arm in $ARMS; do mkdir "$CLAIMS/$arm.$seed" 2> /dev/null && train_and_measure "$arm" "$seed"; done
   done
   for task in baseline ledger; do
-    [ -e "$PACK/${task}_${SCALE}_${SEEDS%% *}/run.json" ] && mkdir "$CLAIMS/closer.$task" 2> /dev/null && look_closer "$task" "${SEEDS%% *}"
+    [ -e "$PACK/${task}_${SCALE}_${SEEDS%% *}/recipe.json" ] && mkdir "$CLAIMS/closer.$task" 2> /dev/null && look_closer "$task" "${SEEDS%% *}"
   done
 }
 
