@@ -116,7 +116,6 @@ look_closer() {  # arm, seed: the analyses that one seed is enough for
 }
 
 work() {  # a GPU or "": takes what nobody has taken
-  set +m
   trap 'exit 143' TERM  # once the command at hand, which is told as well, has ended: a training saves first
   export CUDA_VISIBLE_DEVICES=$1
   local arm seed task
