@@ -58,7 +58,8 @@ def tokens(tmp_path):
 def observe(model, idx):
     """Returns in float64 D and C after every sublayer, (S, N, T, d), and the gates, (S, N, T, 1)."""
     seen = []
-    handles = [sublayer.register_forward_hook(lambda _, __, output: seen.append([output[0]['D'].numpy(), output[0]['C'].numpy(), output[1].numpy()])) for sublayer in model.sublayers]
+    handles = [sublayer.register_forward_hook(lambda _, __, output: seen.append([output[0]['D'].numpy(), output[0]['C'].numpy(), output[1].numpy()]))
+               for sublayer in model.sublayers]
     model(idx)
     for handle in handles:
         handle.remove()
@@ -67,11 +68,13 @@ def observe(model, idx):
 
 # ---- Controls
 
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
 @pytest.mark.parametrize('t', (1, 3))
-def test_what_the_sublayers_commit_adds_up_to_C_and_with_its_sign_to_its_magnitude(tokens, t):
+def test_what_the_sublayers_commit_adds_up_to_C_and_with_its_sign_to_its_magnitude(tokens, t, device):
     model, starts, dims = random_model(residual='ledger').double(), tokens.fixed_starts(20), [3, 17, 5]
     assert len(starts) == 20
-    terms, C = controls.decompose(model, tokens, starts, 6, dims, t)
+    terms, C = controls.decompose(model.to(device), tokens, starts, 6, dims, t)
+    model.cpu()
     d, c, gate = observe(model, tokens.windows(starts)[0])
     maps = [sublayer.residual.commit_map for sublayer in model.sublayers]
     mapped = np.stack([x @ (m.U.weight @ m.V.weight).detach().numpy().T for x, m in zip(d, maps)])

@@ -13,6 +13,7 @@ set -uo pipefail
 cd "$(dirname "$0")/../.."
 SCALE=${SCALE:-160m}     # 160m, 290m or demo: config/<arm>_<scale>.py
 ITERS=${ITERS:-4100}     # steps of a whole cosine; at 160m, 24 × 1024 tokens each
+EVERY=${EVERY:-250}     # steps between evaluations, each a line of log.jsonl
 ARMS=${ARMS:-ledger baseline ledger_hs qknorm}
 SEEDS=${SEEDS:-1337}     # all arms of the first seed come before the next
 GPUS=${GPUS-0 1}         # a run at a time on each; "0 0" puts two on one; "" is the CPU
@@ -61,13 +62,14 @@ archive() {  # replaced as a whole, by one worker at a time
   [ -z "$TGZ" ] || ( flock 9; tar -C "$PACK" --exclude='./.*' -czf "$TGZ.tmp" . && mv "$TGZ.tmp" "$TGZ" ) 9> "$PACK/.lock"
 }
 
-describe() {  # what made a run: commands with seconds and exit status, commit, versions, machine
-  "$PYTHON" - "$RUNS/$1/commands.txt" "${COMMIT:-$(git rev-parse --short HEAD 2> /dev/null || echo unknown)}" <<'PYTHON'
+describe() {  # what made a run: commands with seconds and exit status, commit (COMMIT where there is no git), versions, machine, data
+  "$PYTHON" - "$RUNS/$1/commands.txt" "${COMMIT:-$(git describe --always --dirty 2> /dev/null || echo unknown)}" "$DATASET" <<'PYTHON'
 import json, platform, sys
 import numpy, torch
+from data.loader import dataset_folder, read_meta
 gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-print(json.dumps({'commands': open(sys.argv[1]).read().splitlines(), 'commit': sys.argv[2], 'python': platform.python_version(),
-                  'torch': torch.__version__, 'numpy': numpy.__version__, 'device': gpu}, indent=1))
+print(json.dumps({'commands': open(sys.argv[1]).read().splitlines(), 'commit': sys.argv[2], 'python': platform.python_version(), 'torch': torch.__version__,
+                  'numpy': numpy.__version__, 'device': gpu, 'data': read_meta(dataset_folder(sys.argv[3]))}, indent=1))
 PYTHON
 }
 
@@ -94,7 +96,7 @@ train_and_measure() {  # arm, seed
   local run=$1_${SCALE}_$2 config flags command
   is_packed "$run" && return
   read -r config flags <<< "$(flags_of "$1")"
-  command="train.py config/${config}_$SCALE.py $flags --dataset=$DATASET --seed=$2 --snapshots=0 --eval_interval=250 --ckpt_interval=500 --out_dir=$RUNS/$run $EXTRA"
+  command="train.py config/${config}_$SCALE.py $flags --dataset=$DATASET --seed=$2 --snapshots=0 --eval_interval=$EVERY --out_dir=$RUNS/$run $EXTRA"
   mkdir -p "$RUNS/$run"
   if [ -e "$RUNS/$run/command" ] && [ "$(< "$RUNS/$run/command")" != "$command" ]; then
     echo "$run: $RUNS/$run was begun as: $(< "$RUNS/$run/command"): remove it, or give this one RUNS and PACK of its own"

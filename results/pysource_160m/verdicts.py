@@ -273,15 +273,18 @@ def controls_table(runs):
             after = run['controls'].get('commits', {}).get('last') if s['decoded'] else None
             shares = [f"{after[place]['map_share']:.0%}" if after and place in after else '–' for place in ('start_at_start_dim', 'mean_at_dominant', 'mean_at_others')]
             rows.append((run['name'], stream, *kinds, *ranks, *shares))
-    return markdown(['run', 'stream', *(f'start ratio, windows {kind}' for kind in ('anywhere', 'at a document', 'at its end-of-text')), 'j*: rank by m, p, p/m', 'j0: rank by m, p, p/m',
-                     "U_P V_P's share of C at (0, j0)", 'at j*', 'elsewhere'], rows)
+    kinds = [f'start ratio, windows {kind}' for kind in ('anywhere', 'at a document', 'at its end-of-text')]
+    return markdown(['run', 'stream', *kinds, 'j*: rank by m, p, p/m', 'j0: rank by m, p, p/m', "U_P V_P's share of C at (0, j0)", 'at j*', 'elsewhere'], rows)
 
 
 def draw_onset(runs, path, key='start_ratio'):
-    """Heat maps of one quantity over training and depth, a panel for each run of the first seed that has a log, and each of its streams."""
+    """Heat maps of one quantity over training and depth: a panel for each stream of each run of the first seed, those of a shorter cosine left out."""
     from matplotlib.colors import LogNorm
-    seed = min(seed for (_, seed), run in runs.items() if run['log'])
-    panels = [(f"{run['name']}: {stream}", run['log'], stream) for (_, other), run in runs.items() if other == seed and run['log'] for stream in run['log'][0]['streams']]
+    seed = min(seed for _, seed in runs)
+    panels = [(f"{run['name']}: {stream}", run['log'], stream) for (arm, other), run in runs.items()
+              if other == seed and run['log'] and not arm.startswith(SHORT) for stream in run['log'][0]['streams']]
+    if not panels:
+        return
     data = [np.array([[math.nan if v is None else v for v in line['streams'][stream][key]] for line in log]).T for _, log, stream in panels]
     norm = LogNorm(min(np.nanmin(x) for x in data), max(np.nanmax(x) for x in data))
     columns = min(3, len(panels))
@@ -293,21 +296,23 @@ def draw_onset(runs, path, key='start_ratio'):
             mesh = axis.pcolormesh([*steps, steps[-1] * 1.15 + 1], np.arange(len(x) + 1) - 0.5, x, norm=norm, cmap='cividis')  # from its step to the next
             axis.set_xscale('symlog', linthresh=1)
             axis.xaxis.set_major_formatter('{x:g}')
+            axis.yaxis.get_major_locator().set_params(integer=True)
             axis.set(xlabel='training step', ylabel='sublayer')
             axis.set_title(f"{title}\n{'never' if onset is None else f'first at step {onset}:'} {TIMES} × step 0's largest", fontsize='medium')
             if onset is not None:
                 axis.axvline(onset, color='white', linestyle='--', linewidth=1)
         for axis in axes[len(panels):]:
             axis.set_axis_off()
-        ticks = [n * 10.0**k for k in range(-2, 6) for n in (1, 2, 3, 5, 7) if norm.vmin <= n * 10.0**k <= norm.vmax]
-        axes[0].figure.colorbar(mesh, ax=axes, ticks=ticks, format='{x:g}', label=HEADLINES[key]).minorticks_off()
+        ticks = [n * 10.0**k for k in range(-2, 6) for n in (1, 1.5, 2, 3, 5, 7) if norm.vmin <= n * 10.0**k <= norm.vmax]
+        axes[0].figure.colorbar(mesh, ax=axes, aspect=15 * len(axes) // columns, ticks=ticks, format='{x:g}', label=HEADLINES[key]).minorticks_off()
 
 
 def draw_commits(runs, path):
     """What each sublayer adds to C after the last one, at (position 0, j0) and over all positions at j*: identity and map, of each ledger run of its first seed."""
-    found = {run['name']: run['controls']['commits']['last'] for run in runs.values() if run['controls'] and 'commits' in run['controls']}
-    first = min(name.rsplit('_', 1)[1] for name in found)
-    found = {name: last for name, last in found.items() if name.endswith(f'_{first}')}
+    seed = min(seed for _, seed in runs)
+    found = {run['name']: run['controls']['commits']['last'] for (_, other), run in runs.items() if other == seed and 'commits' in (run['controls'] or {})}
+    if not found:
+        return
     with figure(path, 'C after the last sublayer: what each sublayer commits, share of the mean magnitude', len(found), 2, (5.5, 2.8)) as axes:
         for i, (name, last) in enumerate(found.items()):
             for axis, place, label in zip(axes[2 * i:2 * i + 2], ('start_at_start_dim', 'mean_at_dominant'), ('position 0, j0', 'all positions, j*')):
@@ -317,7 +322,8 @@ def draw_commits(runs, path):
                     axis.bar(x + offset, part, 0.4, color=color, label=legend)
                 if 'mean_at_others' in last:
                     other = last[place.split('_at_')[0] + '_at_others']
-                    axis.plot(x, [(a + b) / other['magnitude'] for a, b in zip(other['identity'], other['map'])], color='#000000', marker='.', linewidth=1, label='both, other dimensions')
+                    both = [(a + b) / other['magnitude'] for a, b in zip(other['identity'], other['map'])]
+                    axis.plot(x, both, color='#000000', marker='.', linewidth=1, label='both, other dimensions')
                 axis.set_title(f"{name}: {label} = {last[place]['dim']}, mean |C| = {short(last[place]['magnitude'], 3)}", fontsize='medium')
                 axis.set(xlabel='committing sublayer', ylabel='share')
                 axis.xaxis.get_major_locator().set_params(integer=True)
@@ -338,10 +344,8 @@ def main(argv=None):
         runs = read_runs(folder)
         for title, table in TABLES.items():
             print(f'{title}\n\n{table(runs)}\n')
-        if any(run['log'] for run in runs.values()):
-            draw_onset(runs, folder / 'onset.png')
-        if any(run['controls'] and 'commits' in run['controls'] for run in runs.values()):
-            draw_commits(runs, folder / 'commits.png')
+        draw_onset(runs, folder / 'onset.png')
+        draw_commits(runs, folder / 'commits.png')
     except UserError as error:
         sys.exit(f'error: {error}')
 
