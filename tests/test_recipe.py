@@ -431,9 +431,9 @@ def test_a_folder_that_another_command_began_is_not_gone_on_with(queue, tmp_path
     assert 'was begun as: train.py config/broken_160m.py --max_iters=4100' in run.communicate(timeout=30)[0] and len(calls(tmp_path, 'train.py')) == 1
 
 
-def test_the_first_seeds_baseline_and_ledger_are_looked_at_closer_where_there_are_tools(queue, tmp_path):
+def test_one_seeds_baseline_and_ledger_are_looked_at_closer_where_there_are_tools(queue, tmp_path):
     (tmp_path / 'intervene.py').touch()
-    assert queue(ARMS='baseline qknorm', SEEDS='1 2').wait(30) == 0
+    assert queue(ARMS='baseline qknorm', SEEDS='1 2', CLOSER='1').wait(30) == 0
     assert calls(tmp_path, 'intervene') == ['intervene.py --ckpt out/baseline_160m_1']
     assert {'intervene.json', 'intervene.png'} < {path.name for path in (tmp_path / 'out/packed/baseline_160m_1').iterdir()}
 

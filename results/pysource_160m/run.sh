@@ -13,9 +13,10 @@ set -uo pipefail
 cd "$(dirname "$0")/../.."
 SCALE=${SCALE:-160m}     # 160m, 290m or demo: config/<arm>_<scale>.py
 ITERS=${ITERS:-4100}     # steps of a whole cosine; at 160m, 24 × 1024 tokens each
-EVERY=${EVERY:-250}     # steps between evaluations, each a line of log.jsonl
+EVERY=${EVERY:-250}      # steps between evaluations, each a line of log.jsonl
 ARMS=${ARMS:-ledger baseline ledger_hs qknorm}
 SEEDS=${SEEDS:-1337}     # all arms of the first seed come before the next
+CLOSER=${CLOSER:-1337}   # the seed whose baseline and ledger go through intervene.py and probe.py as well
 GPUS=${GPUS-0 1}         # a run at a time on each; "0 0" puts two on one; "" is the CPU
 DATASET=${DATASET:-pysource}
 EXTRA=${EXTRA:-}         # settings for every run, like "--lr=6e-4": then RUNS and PACK of their own, and a folder of their own beside this one
@@ -125,7 +126,7 @@ work() {  # a GPU or "": takes what nobody has taken
     for arm in $ARMS; do mkdir "$CLAIMS/$arm.$seed" 2> /dev/null && train_and_measure "$arm" "$seed"; done
   done
   for task in baseline ledger; do
-    [ -e "$PACK/${task}_${SCALE}_${SEEDS%% *}/recipe.json" ] && mkdir "$CLAIMS/closer.$task" 2> /dev/null && look_closer "$task" "${SEEDS%% *}"
+    [ -e "$PACK/${task}_${SCALE}_$CLOSER/recipe.json" ] && mkdir "$CLAIMS/closer.$task" 2> /dev/null && look_closer "$task" "$CLOSER"
   done
 }
 
