@@ -1,25 +1,147 @@
 #!/usr/bin/env bash
-# The 160m arms on Python source in GPT-2's BPE: one seed, 101M tokens each, a whole cosine; then all of them measured,
-# untrained weights included. On two GPUs about 15 minutes; with one, GPUS="0 0". To try it on a CPU:
-#   python data/pysource/prepare.py --stdlib --tokenizer=bytes --limit=2M --out=data/tiny
-#   SCALE=demo ITERS=20 DATASET=tiny bash results/pysource_160m/run.sh
-set -eu
-SCALE=${SCALE:-160m} ITERS=${ITERS:-4100} DATASET=${DATASET:-pysource} SEED=${SEED:-1337}
-read -r first second <<< "${GPUS:-0 1}"
+# The comparison at 160M: trains arms and seeds over the GPUs, measures each run and its untrained weights, and packs what is small. It goes on where it stopped:
+# a run that is packed, or lies beside this file, is skipped; one that was interrupted resumes from its checkpoint.
+#
+#   bash results/pysource_160m/run.sh                                                        four arms, one seed, 101M tokens each, on two GPUs
+#   SEEDS="1338 1339" bash results/pysource_160m/run.sh                                      other seeds
+#   ARMS="baseline_bias ledger_a0 ledger_a0.1 baseline_short2800" bash …                     the positive control, other doses of α, a whole cosine of 2800 steps
+#   LIMIT=550 TGZ=$OUT/packed.tgz bash …                                                     stops by itself after so many seconds; all that is packed, in one file
+#
+# To try it on a CPU: python data/pysource/prepare.py --stdlib --tokenizer=bytes --limit=2M --out=data/tiny
+#   SCALE=demo ITERS=30 DATASET=tiny GPUS="" bash results/pysource_160m/run.sh
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+SCALE=${SCALE:-160m}     # 160m, 290m or demo: config/<arm>_<scale>.py
+ITERS=${ITERS:-4100}     # steps of a whole cosine; at 160m, 24 × 1024 tokens each
+EVERY=${EVERY:-250}      # steps between evaluations, each a line of log.jsonl
+ARMS=${ARMS:-ledger baseline ledger_hs qknorm}
+SEEDS=${SEEDS:-1337}     # all arms of the first seed come before the next
+CLOSER=${CLOSER:-1337}   # the seed whose baseline and ledger go through intervene.py and probe.py as well
+GPUS=${GPUS-0 1}         # a run at a time on each; "0 0" puts two on one; "" is the CPU
+DATASET=${DATASET:-pysource}
+EXTRA=${EXTRA:-}         # settings for every run, like "--lr=6e-4": then RUNS and PACK of their own, and a folder of their own beside this one
+RUNS=${RUNS:-out}        # checkpoints
+PACK=${PACK:-out/packed} # <arm>_<scale>_<seed>/: log.jsonl, measure.json, controls.json, both for the untrained weights with _0, figures, recipe.json
+TGZ=${TGZ:-}             # a file that always holds all of PACK
+LIMIT=${LIMIT:-0}        # seconds; 0: none
+KEEP_FREE=${KEEP_FREE:-20} # GB: with less free on the disk, a packed run's newest checkpoint goes as well
+PYTHON=${PYTHON:-python}
+HERE=results/pysource_160m
+export PYTHONUNBUFFERED=1
 
-queue() {  # a GPU, then the arms that it trains one after the other; 143: a run that was told to stop, and goes on
-  export CUDA_VISIBLE_DEVICES=$1
+flags_of() {  # the config of an arm, and the settings that make it what its name says
+  case $1 in
+    baseline_bias) echo "baseline --max_iters=$ITERS --attn_bias_kv=True" ;;
+    baseline_short[0-9]*) echo "baseline --max_iters=${1#baseline_short}" ;;
+    ledger_a[0-9]*) echo "ledger --max_iters=$ITERS --commit_sparsity=${1#ledger_a}" ;;
+    *) echo "$1 --max_iters=$ITERS" ;;
+  esac
+}
+
+within() {  # runs a command in what is left of LIMIT; train.py takes SIGTERM as the request to save and end
+  local left=0
+  if [ "$LIMIT" -gt 0 ]; then left=$((LIMIT - SECONDS)) && [ $left -gt 0 ] || return 124; fi
+  timeout --foreground -k 30 $left "$@" < /dev/null
+}
+
+logged() {  # run, then a command: its output goes to <run>/console.txt; itself, its seconds and its exit status to <run>/commands.txt
+  local run=$1 begin=$SECONDS status
   shift
-  for arm; do
-    until python train.py "config/${arm}_$SCALE.py" --dataset="$DATASET" --max_iters="$ITERS" --seed="$SEED" --snapshots=0 --init_from=auto \
-      >> "out/${arm}_$SCALE.txt" 2>&1; do [ $? = 143 ]; done
+  within "$@" >> "$RUNS/$run/console.txt" 2>&1
+  status=$?
+  echo "$((SECONDS - begin)) s, exit $status: $*" >> "$RUNS/$run/commands.txt"
+  if [ $status != 0 ]; then
+    echo "$run: exit $status of $*"
+    tail -n 3 "$RUNS/$run/console.txt"
+  fi
+  return $status
+}
+
+is_packed() { [ -e "$PACK/$1/recipe.json" ] || [ -z "$EXTRA" -a -e "$HERE/$1/recipe.json" ]; }
+
+archive() {  # replaced as a whole, by one worker at a time
+  [ -z "$TGZ" ] || ( flock 9; tar -C "$PACK" --exclude='./.*' -czf "$TGZ.tmp" . && mv "$TGZ.tmp" "$TGZ" ) 9> "$PACK/.lock"
+}
+
+describe() {  # what made a run: commands with seconds and exit status, commit (COMMIT where there is no git), versions, machine, data
+  "$PYTHON" - "$RUNS/$1/commands.txt" "${COMMIT:-$(git describe --always --dirty 2> /dev/null || echo unknown)}" "$DATASET" <<'PYTHON'
+import json, platform, sys
+import numpy, torch
+from data.loader import dataset_folder, read_meta
+gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+print(json.dumps({'commands': open(sys.argv[1]).read().splitlines(), 'commit': sys.argv[2], 'python': platform.python_version(), 'torch': torch.__version__,
+                  'numpy': numpy.__version__, 'device': gpu, 'data': read_meta(dataset_folder(sys.argv[3]))}, indent=1))
+PYTHON
+}
+
+pack() {  # a run appears under its name only when it is whole
+  local run=$1 part="$PACK/.$1.$BASHPID"
+  rm -rf "$PACK/.$run."*
+  mkdir -p "$part"
+  cp "$RUNS/$run/"{log.jsonl,{measure,controls}{,_0}.json,profile{,_0}.png,landscape.png,series.png} "$part" && describe "$run" > "$part/recipe.json" &&
+    sync "$part"/* && mv -T "$part" "$PACK/$run" || { rm -rf "$part"; return 1; }
+  archive
+  rm -f "$RUNS/$run/"ckpt_{prev,best}.pt
+  [ "$(df --output=avail -BG "$RUNS" | tail -n 1 | tr -dc 0-9)" -ge "$KEEP_FREE" ] || rm -f "$RUNS/$run/"ckpt*.pt
+  echo "$SECONDS s: packed $run"
+}
+
+add() {  # adds files to a run that is packed, each when it is whole
+  local run=$1 file
+  shift
+  for file; do cp "$file" "$PACK/$run/.new" && mv "$PACK/$run/.new" "$PACK/$run/$(basename "$file")"; done
+  archive
+}
+
+train_and_measure() {  # arm, seed
+  local run=$1_${SCALE}_$2 config flags command
+  is_packed "$run" && return
+  read -r config flags <<< "$(flags_of "$1")"
+  command="train.py config/${config}_$SCALE.py $flags --dataset=$DATASET --seed=$2 --snapshots=0 --eval_interval=$EVERY --out_dir=$RUNS/$run $EXTRA"
+  mkdir -p "$RUNS/$run"
+  if [ -e "$RUNS/$run/command" ] && [ "$(< "$RUNS/$run/command")" != "$command" ]; then
+    echo "$run: $RUNS/$run was begun as: $(< "$RUNS/$run/command"): remove it, or give this one RUNS and PACK of its own"
+    return 1
+  fi
+  echo "$command" > "$RUNS/$run/command"
+  logged "$run" "$PYTHON" $command --init_from=auto &&
+    logged "$run" "$PYTHON" measure.py --ckpt "$RUNS/$run/ckpt.pt" &&
+    logged "$run" "$PYTHON" measure.py --ckpt "$RUNS/$run/ckpt_0.pt" &&
+    logged "$run" "$PYTHON" $HERE/controls.py --ckpt "$RUNS/$run/"{ckpt,ckpt_0}.pt && pack "$run"
+}
+
+look_closer() {  # arm, seed: the analyses that one seed is enough for
+  local run=$1_${SCALE}_$2 tool
+  for tool in intervene probe; do
+    [ -e "$tool.py" ] && [ -e "$PACK/$run/recipe.json" ] && [ ! -e "$PACK/$run/$tool.json" ] && [ -e "$RUNS/$run/ckpt.pt" ] || continue
+    logged "$run" "$PYTHON" "$tool.py" --ckpt "$RUNS/$run" && add "$run" "$RUNS/$run/$tool"*.{png,json}
   done
 }
 
-mkdir -p out
-queue "$first" baseline qknorm & one=$!
-queue "$second" ledger ledger_hs & other=$!
-wait $one
-wait $other
-python measure.py --ckpt out/*_"$SCALE"/ckpt.pt | tee out/measure.txt
-python measure.py --ckpt out/*_"$SCALE"/ckpt_0.pt --out=out/untrained | tee out/untrained.txt
+work() {  # a GPU or "": takes what nobody has taken
+  trap 'exit 143' TERM  # once the command at hand, which is told as well, has ended: a training saves first
+  export CUDA_VISIBLE_DEVICES=$1
+  local arm seed task
+  for seed in $SEEDS; do
+    for arm in $ARMS; do mkdir "$CLAIMS/$arm.$seed" 2> /dev/null && train_and_measure "$arm" "$seed"; done
+  done
+  for task in baseline ledger; do
+    [ -e "$PACK/${task}_${SCALE}_$CLOSER/recipe.json" ] && mkdir "$CLAIMS/closer.$task" 2> /dev/null && look_closer "$task" "$CLOSER"
+  done
+}
+
+mkdir -p "$RUNS" "$PACK"
+CLAIMS=$(mktemp -d)
+set -m  # every worker is a process group: it is stopped with what it runs
+stop() { trap - TERM INT EXIT; for job in $(jobs -p); do kill -TERM -- "-$job" 2> /dev/null; done; wait; rm -rf "$CLAIMS"; }
+trap 'stop; exit 143' TERM INT
+trap stop EXIT
+archive
+if [ "$DATASET" = pysource ] && [ ! -e data/pysource/train.bin ]; then within "$PYTHON" data/pysource/prepare.py || exit; fi
+read -ra gpus <<< "$GPUS"
+for gpu in "${gpus[@]:-}"; do work "$gpu" & done
+wait
+left=0
+for seed in $SEEDS; do for arm in $ARMS; do is_packed "${arm}_${SCALE}_$seed" || { echo "not packed yet: ${arm}_${SCALE}_$seed"; left=1; }; done; done
+"$PYTHON" $HERE/verdicts.py "$PACK" > "$PACK/.verdicts.md" && mv "$PACK/.verdicts.md" "$PACK/verdicts.md" && archive
+exit $left
