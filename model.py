@@ -251,6 +251,21 @@ class GPT(nn.Module):
         self.sublayers = nn.ModuleList(Sublayer(config, s, function) for s, function in enumerate(functions))
         self.norm = RMSNorm(config.n_embd)
 
+    def embed(self, idx):
+        """idx: (B, T). Returns (B, T, d): token plus position embedding, in the precision of the streams."""
+        x = self.tok_emb(idx) + self.pos_emb.weight[:idx.shape[1]]
+        return x.bfloat16() if self.config.bf16_streams else x
+
+    def trunk(self, idx):
+        """Returns what the head sees, (B, T, d), and the mean commit gate of each sublayer, a list, empty for an operator that has none."""
+        operator = RESIDUALS[self.config.residual]
+        streams, gates = operator.start(self.embed(idx)), []
+        for sublayer in self.sublayers:
+            streams, gate = sublayer(streams)
+            if gate is not None:
+                gates.append(gate.mean())
+        return self.norm(operator.decode(streams, self.config)), gates
+
     def forward(self, idx, targets=None):
         """idx, targets: (B, T) int64, T at most block_size.
         Without targets returns the logits, (B, T, V). With targets returns three things: the objective to minimize,
@@ -259,15 +274,7 @@ class GPT(nn.Module):
         T = idx.shape[1]
         if T > self.config.block_size:
             raise UserError(f'a sequence of {T} tokens is longer than block_size = {self.config.block_size}')
-        operator = RESIDUALS[self.config.residual]
-        x = self.tok_emb(idx) + self.pos_emb.weight[:T]
-        streams = operator.start(x.bfloat16() if self.config.bf16_streams else x)
-        gates = []
-        for sublayer in self.sublayers:
-            streams, gate = sublayer(streams)
-            if gate is not None:
-                gates.append(gate.mean())
-        x = self.norm(operator.decode(streams, self.config))
+        x, gates = self.trunk(idx)
         if targets is None:
             return self.head(x)
         # tensor cores want rows in multiples of 64: classes without weights, of a logit so low that they have no part in the loss
