@@ -14,6 +14,7 @@ What a window begins in is not known either: code, a string, a comment? Each is 
 """
 import keyword
 import re
+from pathlib import Path
 
 import numpy as np
 
@@ -55,9 +56,10 @@ FUNCTION_WORDS = set('''
 
 
 def language_of(dataset):
-    """dataset: the name of a data set, or its meta.json as a dict. Python for the sets of Python source, English for all others."""
-    text = f"{dataset.get('name', '')} {dataset.get('source', '')}" if isinstance(dataset, dict) else str(dataset)
-    return 'python' if 'pysource' in text or text.strip().startswith('Python') else 'english'
+    """dataset: a data set's name or folder, or its meta.json as a dict. Python for what data/pysource makes, English for all else."""
+    if isinstance(dataset, dict):
+        return 'python' if str(dataset.get('source', '')).startswith('Python ') else 'english'
+    return 'python' if Path(dataset).name.startswith('pysource') else 'english'
 
 
 class Reading:
@@ -197,18 +199,15 @@ def first_true(flags, first):
 
 def classify(ids, encoding, language):
     """ids: (T,) token ids of one window. Returns (T,) int64: the place of each token's class in CLASSES[language]."""
-    kind, _, _, blank, _, first, end_of_text = read_window(ids, encoding, language)
-    newline = np.frombuffer(b''.join(b'' if end else encoding.decode_single_token_bytes(i) for i, end in zip(np.asarray(ids).tolist(), end_of_text)), 'u1') == 10
-    name, place = CLASSES[language].index, first_true(~blank, first)
-    classes = np.append(kind, 0)[place]
-    classes[place < 0] = np.where(first_true(newline, first) < 0, name('white space'), name('line end'))[place < 0]
-    classes[end_of_text] = name('end of text')
-    return classes
+    kind, _, _, blank, boundary, first, end_of_text = read_window(ids, encoding, language)
+    index, place = CLASSES[language].index, first_true(~blank, first)
+    blanks = np.where(first_true(boundary, first) < 0, index('white space'), index('line end'))  # the only boundary among blanks is a line end
+    return np.where(end_of_text, index('end of text'), np.where(place < 0, blanks, np.append(kind, 0)[place]))
 
 
 def structure(ids, encoding, language='python'):
     """ids: (T,) token ids of one window. Returns {name: (T,)}, of a token's first byte that is not blank, or else of its first byte:
-    line_start: bool, it holds the first byte of a line that is not blank; never in what is left of the line in which the window begins
+    line_start: bool, it holds the first byte of a line that is not blank, in English of a line or a sentence; what the window cuts has no start
     bracket_depth: 0, 1, 2, or 3 for 3 and more brackets open before it, as far as the window shows
     inside: 0 code, 1 string, 2 comment
     since_line: tokens since the last one that held a line end, or in English a sentence's, 0 for the first; or else since the document or the window began.
