@@ -1,0 +1,572 @@
+"""
+What is the outlier for? Changes the massive entries of a checkpoint's streams and sees what the losses say → table, intervene.json, figures.
+
+    python intervene.py --ckpt out/ledger_160m                       every stream, at the sublayer where its outlier stands out most
+    python intervene.py --ckpt out/ledger_160m --stream=C --sublayer=3 --how=zero --top=1
+
+What is worth knowing before reading on:
+- entries are chosen, and their means and the quantiles of magnitudes estimated, on windows that are not evaluated;
+- `top`: the (position, dimension) pairs with the largest mean magnitude; `start`: the largest dimensions at position 0; `dims`: the dimensions
+  with the largest mean over positions, changed at every position. Fixed for all sequences. `all`: the whole stream;
+- where: `stream`, as it leaves the sublayer (`once`) or there and after every later one (`downstream`); `reads`, kept from the input of every
+  sublayer, the stream itself untouched (for C that is λ ⊙ C); `decoder`, kept from the head alone, entries chosen after the last sublayer;
+- how: `zero`; `mean`, over sequences, of that entry at that sublayer; `clip q`, all magnitudes limited to their q-quantile there. Sun et al. 2024, §4;
+- every result has its controls, run on the same sequences: `random`, as many other dimensions at other positions, drawn anew for each sequence;
+  `median`, as many start-token entries (or dimensions) of median magnitude; `other`, the same dimensions half a window away; and `moved`,
+  the very change made in other dimensions of the same token: as large in norm, so that size alone cannot explain a difference. What changes
+  a whole stream has `moved` alone: it changes as many entries by as much;
+- a ratio is exp(mean loss after − before), with 95% intervals from a bootstrap over sequences, pairs kept. Changes of loss, in nats, are given apart
+  for the predictions at edited positions and at later ones that are not; those before an edit cannot change.
+
+intervene.json: {schema, checkpoint, iter_num, model, data, evaluations, perplexity, loss: {value, low, high},
+ sweep: [result], results: [result], before: {breakdown: {label: {share, loss}}},
+ attention: {edit: {stream, what, …, sink: mean probability of position 0, by_layer, control: the same}, constancy: {position: {…}}},
+ samples: [{prompt, unedited, edits: [{stream, what, …, text, control}]}]}
+ result: {stream, sublayer, where, what, how, reach, entries: [[position or null, dimension]], standout, edit: outcome, controls: {name: outcome}}
+ outcome: {loss, perplexity, ratio, edited, later: {value, low, high} or null,
+           by: {breakdown: {label: [change of loss, low, high]}}}; breakdowns: class, position and since_line of the predicted token, carrier (class of
+           the token that carries the first entry); they are left out of the sweep.
+
+Sources: Sun et al. 2024, arXiv 2402.17762 (interventions, implicit bias); Gu et al. 2025, arXiv 2410.10781 (sink metric).
+"""
+import argparse
+import json
+import math
+import os
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from data.classes import CLASSES, classify, language_of, structure
+from data.loader import atomic_write, encoding, philox, read_meta
+from measure import (REPLICATES, Statistics, attention_sink, bootstrap_weights, figure, headline, hooked, number, open_runs, short, topk_first)
+from model import RESIDUALS, UserError, build_model
+
+QUANTILES = (0.9999, 0.999, 0.99, 0.9)
+CALIBRATION = 32              # windows beside the evaluated ones, for entries, means and quantiles
+PROMPTS, NEW_TOKENS = 3, 40   # continuations
+HOWS = {'zero': ('zero',), 'mean': ('mean',), 'clip': ('clip',), 'all': ('zero', 'mean', 'clip')}
+CONTROLS = ('random', 'median', 'other', 'moved')
+MARKS = {'edit': dict(color='#000000', marker='o'), 'random': dict(color='#0072B2', marker='s'), 'median': dict(color='#009E73', marker='^'),
+         'other': dict(color='#E69F00', marker='D'), 'moved': dict(color='#CC79A7', marker='v')}
+EDGES = (1, 2, 8, 32, 128, 512)
+BUCKETS = ('0', '1', '2–7', '8–31', '32–127', '128–511', '512–')
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One change. Level s is the state before sublayer s, level s + 1 the one after it."""
+    where: str                 # stream, reads or decoder
+    stream: str
+    levels: tuple              # at which it is made; none: nothing is changed
+    how: str                   # zero, mean or clip
+    dims: tuple = ()           # of its entries
+    positions: tuple = None    # beside them; None: every position
+    quantile: float = 0.0      # of clip
+    control: str = ''          # random: other entries instead; moved: the same change in other dimensions
+
+
+class Reference:
+    """The unedited streams on windows of their own, (S + 1, T, d) over levels, positions and dimensions: what edits aim at and what they put in."""
+
+    @torch.no_grad()
+    def __init__(self, model, tokens, starts, batch_size, seed):
+        self.seed, self.T, self.d, self.S = seed, tokens.block_size, model.config.n_embd, len(model.sublayers)
+        device = model.head.weight.device
+        self.mean, self.magnitude, self.limit = ({stream: torch.zeros(self.S + 1, *shape, device=device) for stream in RESIDUALS[model.config.residual].streams}
+                                                 for shape in ((self.T, self.d), (self.T, self.d), (len(QUANTILES),)))
+        ranks = [math.ceil(q * self.T * self.d) - 1 for q in QUANTILES]
+        for i in range(0, len(starts), batch_size):
+            for level, streams in enumerate(states(model, tokens.windows(starts[i:i + batch_size])[0].to(device))[0]):
+                for stream, x in streams.items():
+                    self.mean[stream][level] += x.sum(0) / len(starts)
+                    self.magnitude[stream][level] += x.abs().sum(0) / len(starts)
+                    self.limit[stream][level] += x.abs().flatten(1).sort(1).values[:, ranks].sum(0) / len(starts)
+
+    def pick(self, stream, level, k):
+        """Returns {what: (positions, dimensions)}: the k largest entries, dimensions at the start token, and dimensions everywhere."""
+        a = self.magnitude[stream][level]
+        top, start, dims = (topk_first(x.flatten()[None], k)[1][0].tolist() for x in (a, a[0], a.mean(0)))
+        return {'top': (tuple(i // self.d for i in top), tuple(i % self.d for i in top)), 'start': ((0,) * k, tuple(start)), 'dims': (None, tuple(dims))}
+
+    def median_dims(self, stream, level, k, at_start):
+        """The k dimensions in the middle of the order by magnitude, at position 0 or over all of them."""
+        a = self.magnitude[stream][level]
+        return tuple((a[0] if at_start else a.mean(0)).argsort(stable=True)[(self.d - k) // 2:][:k].tolist())
+
+    def standout(self, stream, level):
+        """The largest mean magnitude over the median dimension of the same position: unlike max over median, not raised by tokens that commit little."""
+        a = self.magnitude[stream][level]
+        i = int(topk_first(a.flatten()[None], 1)[1])
+        return float(a.flatten()[i] / a[i // self.d].median())
+
+    def other_dims(self, dims, n):
+        """Returns the dimensions that are not in dims, in an order that depends on the seed and on n, the number of the sequence."""
+        order = philox(self.seed, 2**32 + n).random_raw(self.d).argsort(kind='stable')
+        return order[~np.isin(order, dims)]
+
+    def entries(self, edit, n):
+        """Returns the positions, or None for all, and the dimensions that an edit changes in sequence n."""
+        if edit.control != 'random':
+            return edit.positions, edit.dims
+        positions = edit.positions and (philox(self.seed, 2**33 + n).random_raw(len(edit.dims)) % np.uint64(self.T)).tolist()
+        return positions, self.other_dims(edit.dims, n)[:len(edit.dims)].tolist()
+
+    def aim(self, edit, sequences):
+        """Returns the mask of the entries that an edit replaces in these sequences, (B, T, d) bool, and for `moved`, (B, d), from which dimension each takes its change."""
+        mask = torch.zeros(len(sequences), self.T, self.d, dtype=torch.bool)
+        for row, n in zip(mask, sequences):
+            positions, dims = map(list, self.entries(edit, n)) if edit.positions is not None else (slice(None), list(self.entries(edit, n)[1]))
+            row[positions, dims] = True
+        if edit.control != 'moved':
+            return mask, None
+        few = tuple(set(edit.dims)) if len(edit.dims) <= self.d // 2 else ()  # they take the first of the others, which take the next
+        order = np.stack([np.append(few, self.other_dims(few, n)).astype(np.int64) for n in sequences])
+        source = np.empty_like(order)
+        np.put_along_axis(source, np.roll(order, -max(1, len(few)), 1), order, 1)
+        return mask, torch.from_numpy(source)
+
+    def change(self, edit, level, x, mask, source):
+        """x: (B, T or fewer, d), the edit's stream at that level. Returns what the edit makes of it."""
+        if edit.how == 'clip':
+            limit = self.limit[edit.stream][level, QUANTILES.index(edit.quantile)]
+            changed = x.clamp(-limit, limit)
+        else:
+            changed = torch.where(mask[:, :x.shape[1]], self.mean[edit.stream][level, :x.shape[1]] if edit.how == 'mean' else x.new_zeros(()), x)
+        return changed if source is None else x + (changed - x).gather(-1, source[:, None].expand(x.shape))
+
+
+@contextmanager
+def edited(model, edit, reference, sequences):
+    """While it lasts, the uncompiled model makes the edit. sequences: the numbers of those it is about to see."""
+    aimed = [aim if aim is None else aim.to(model.head.weight.device) for aim in reference.aim(edit, sequences)]
+
+    def change(level, x):
+        return reference.change(edit, level, x, *aimed)
+
+    def changed(level, streams):
+        return {**streams, edit.stream: change(level, streams[edit.stream])}
+
+    handles, wrapped = [], []
+    for level in edit.levels:
+        if edit.where == 'stream':
+            handles.append(model.sublayers[level - 1].register_forward_hook(lambda _, __, output, level=level: (changed(level, output[0]), output[1])))
+        elif edit.where == 'reads':
+            wrapped.append(residual := model.sublayers[level].residual)
+            residual.read = lambda streams, level=level, read=residual.read: read(changed(level, streams))
+        else:
+            handles.append(model.norm.register_forward_pre_hook(lambda _, inputs, level=level: (change(level, inputs[0]),)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for residual in wrapped:
+            del residual.read  # the class's own is seen again
+
+
+def states(model, idx):
+    """idx: (B, T). Returns the streams at every level, a list of S + 1 dicts, and the logits."""
+    seen = []
+    handle = model.sublayers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with hooked(model, lambda s, streams: seen.append(streams)):
+        logits = model(idx)
+    handle.remove()
+    return seen, logits
+
+
+@torch.no_grad()
+def evaluate(model, tokens, starts, edits, reference, batch_size, progress=lambda done: None):
+    """Returns the loss of every prediction without an edit, (N, T) float32, and {edit: the same with it}. What an edit does not reach is not computed again."""
+    device, results = model.head.weight.device, {edit: [] for edit in (None, *edits)}
+    for i in range(0, len(starts), batch_size):
+        idx, targets = (t.to(device) for t in tokens.windows(starts[i:i + batch_size]))
+        before, logits = states(model, idx)
+        for count, edit in enumerate(results):
+            if edit is not None:
+                first = min((level - (edit.where == 'stream') for level in edit.levels), default=0)
+                streams = before[first]
+                with edited(model, edit, reference, range(i, i + len(idx))):
+                    for sublayer in model.sublayers[first:]:
+                        streams, _ = sublayer(streams)
+                    logits = model.head(model.norm(RESIDUALS[model.config.residual].decode(streams, model.config)))
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction='none').view_as(targets)
+            results[edit].append(loss.cpu().numpy())
+            progress((i * len(results) + (count + 1) * len(idx)) / (len(starts) * len(results)))
+    unedited, *after = (np.concatenate(parts) for parts in results.values())
+    return unedited, dict(zip(edits, after))
+
+
+def with_controls(edit, reference, level):
+    """Returns {'edit': edit, name: each of its controls}; level: where its entries were chosen. Nothing is evaluated that has not come through here."""
+    group, k = {'edit': edit}, len(edit.dims)
+    if 0 < k < reference.d:
+        group['random'] = replace(edit, control='random')
+        group['median'] = replace(edit, dims=reference.median_dims(edit.stream, level, k, edit.positions is not None), positions=edit.positions and (0,) * k)
+        if edit.positions is not None:
+            group['other'] = replace(edit, positions=tuple((t + reference.T // 2) % reference.T for t in edit.positions))
+    return {**group, 'moved': replace(edit, control='moved')}
+
+
+def plan(reference, stream, s, hows, k, decoded, alone):
+    """Returns what is tried at sublayer s: a list of results that have yet to be evaluated. decoded: is it this stream? alone: is there no other?"""
+    def add(where, what, how, reach, levels, chosen_at, positions=None, dims=(), quantile=0.0):
+        group = with_controls(Edit(where, stream, tuple(levels), how, dims, positions, quantile), reference, chosen_at)
+        entries = [] if what == 'all' else [[t, j] for t, j in zip(positions or [None] * len(dims), dims)]
+        results.append({'stream': stream, 'sublayer': s, 'where': where, 'what': what, 'how': f'clip {quantile}' if quantile else how, 'reach': reach,
+                        'entries': entries, 'standout': number(reference.standout(stream, chosen_at)), 'group': group})
+
+    results, S, replacing = [], reference.S, [how for how in hows if how != 'clip']
+    reaches = {'once': (s + 1,), 'downstream': range(s + 1, S + 1)}
+    for what, (positions, dims) in reference.pick(stream, s + 1, k).items():
+        for how in replacing:
+            for reach, levels in reaches.items():
+                add('stream', what, how, reach, levels, s + 1, positions, dims)
+    for quantile in QUANTILES if 'clip' in hows else ():
+        for reach, levels in reaches.items():
+            add('stream', 'all', 'clip', reach, levels, s + 1, quantile=quantile)
+    if not decoded:
+        return results
+    for how in replacing:
+        for what in ('start', 'dims'):
+            add('reads', what, how, 'every', range(S), s + 1, *reference.pick(stream, s + 1, k)[what])
+            add('decoder', what, how, '', (S,), S, *reference.pick(stream, S, k)[what])
+        if not alone:
+            add('reads', 'all', how, 'every', range(S), s + 1, None, tuple(range(reference.d)))
+    return results
+
+
+def span(weights, totals, counts):
+    """weights: (R, N) of the bootstrap; totals, counts: (N,) of each sequence. Returns (R,) of the mean, of those replicates that have drawn any; or None."""
+    counts, totals = weights @ counts, weights @ totals
+    return totals[counts > 0] / counts[counts > 0] if counts[0] else None
+
+
+def rounded(values):
+    return None if values is None else {key: value for key, value in headline(values).items() if key in ('value', 'low', 'high')}
+
+
+def outcome(before, after, positions, weights, labels):
+    """before, after: (N, T) losses. positions: for each sequence those edited, or None for all. labels: {breakdown: ((N, T) places, names)}."""
+    N, T = before.shape
+    change = after.astype(np.float64) - before
+    at, later = np.ones((N, T), bool), np.zeros((N, T), bool)
+    for n, edited_at in enumerate(positions):
+        if edited_at is not None:
+            at[n] = np.isin(np.arange(T), edited_at)
+            later[n] = ~at[n] & (np.arange(T) > min(edited_at))
+
+    def of(chosen):
+        return span(weights, (change * chosen).sum(1), chosen.sum(1))
+    loss = after.mean(dtype=np.float64)
+    return {'loss': number(loss), 'perplexity': number(np.exp(loss)), 'ratio': rounded(np.exp(of(np.ones((N, T))))), 'edited': rounded(of(at)), 'later': rounded(of(later)),
+            'by': {name: {names[i]: list(rounded(of(places == i)).values()) for i in np.unique(places)} for name, (places, names) in labels.items()}}
+
+
+def finish(results, unedited, losses, reference, weights, labels, kinds):
+    """Turns the results' groups of edits into outcomes. kinds: (N, T) places of the inputs' classes, or None: no breakdowns."""
+    for result in results:
+        outcomes, carried = {}, {}
+        for name, edit in result.pop('group').items():
+            positions = [reference.entries(edit, n)[0] for n in range(len(unedited))]
+            if labels and positions[0] is not None:
+                carrier = kinds[range(len(kinds)), [t[0] for t in positions]]
+                carried = {'carrier': (np.repeat(carrier[:, None], unedited.shape[1], 1), labels['class'][1])}
+            outcomes[name] = outcome(unedited, losses[edit], positions, weights, {**labels, **carried})
+        result.update(edit=outcomes.pop('edit'), controls=outcomes)
+    return results
+
+
+def label(tokens, starts, meta):
+    """Returns {breakdown: ((N, T) places, names)} of the predicted tokens, and the classes of the inputs, (N, T)."""
+    coder, language = encoding(meta['tokenizer']), language_of({'name': tokens.path.parent.name, 'source': meta.get('source', '')})
+    windows = [np.append(idx, targets[-1:]) for idx, targets in zip(*(t.numpy() for t in tokens.windows(starts)))]
+    kinds = np.stack([classify(ids, coder, language) for ids in windows])
+    since = np.stack([structure(ids, coder, language)['since_line'] for ids in windows])
+    position = np.broadcast_to(np.arange(tokens.block_size), kinds[:, 1:].shape)
+    return {'class': (kinds[:, 1:], CLASSES[language]), 'position': (np.searchsorted(EDGES, position, 'right'), BUCKETS),
+            'since_line': (np.searchsorted(EDGES, since[:, 1:], 'right'), BUCKETS)}, kinds[:, :-1]
+
+
+@torch.no_grad()
+def attention(model, tokens, starts, batch_size, reference, edit, positions=()):
+    """Returns the sink of every head under the edit, (n_layer, n_head), and {position: (2, n_layer, n_head)}: what the position's value adds to later
+    outputs, p̄ W v with p̄ its mean probability, as the norm of its mean over sequences and as the mean of its norms. Equal: a constant, an implicit bias."""
+    statistics, device = Statistics(1), model.head.weight.device
+
+    def on_qkv(layer, attend, qkv):
+        q, k, v = attend.heads(qkv)
+        statistics.add((layer, 'sink'), attention_sink(attend, q, k))
+        for t in positions:
+            one_hot = torch.zeros_like(k)
+            one_hot[:, :, t] = 1
+            p = attend.attend(q, k, one_hot)[:, :, t:, 0].mean(-1)
+            added = p[..., None] * torch.einsum('bhe,dhe->bhd', v[:, :, t], attend.proj.weight.unflatten(1, (attend.n_head, -1)))
+            statistics.add((layer, t), torch.cat([added, torch.linalg.vector_norm(added, dim=-1, keepdim=True)], -1))
+
+    for i in range(0, len(starts), batch_size):
+        idx = tokens.windows(starts[i:i + batch_size])[0].to(device)
+        statistics.begin(len(idx), device)
+        with hooked(model, lambda *_: None, on_qkv), edited(model, edit, reference, range(i, i + len(idx))):
+            model(idx)
+
+    def layers(key):
+        return np.stack([statistics.mean((layer, key))[0] for layer in range(model.config.n_layer)])
+    return layers('sink'), {t: np.stack([np.linalg.norm(layers(t)[..., :-1], axis=-1), layers(t)[..., -1]]) for t in positions}
+
+
+@torch.no_grad()
+def sample(model, prompts, count, seed, reference, edit):
+    """prompts: (B, P). Returns (B, count): continuations at temperature 1. The noise depends on the seed alone: an edit that changes nothing changes no token."""
+    generator, ids = torch.Generator().manual_seed(seed), prompts
+    with edited(model, edit, reference, range(len(prompts))):
+        for _ in range(count):
+            logits = model(ids[:, -model.config.block_size:])[:, -1].double().cpu()
+            noise = -torch.log(-torch.log(torch.rand(logits.shape, generator=generator, dtype=torch.float64)))  # Gumbel: the largest sum is a sample
+            ids = torch.cat([ids, (logits + noise).argmax(-1, keepdim=True).to(ids.device)], 1)
+    return ids[:, prompts.shape[1]:]
+
+
+def shown(results):
+    """Returns of one stream's results at one sublayer those whose classes, sinks and continuations are shown: of the first `how`, made again downstream."""
+    return [r for r in results if r['where'] == 'stream' and r['reach'] == 'downstream' and r['how'] == results[0]['how'] and r['what'] != 'top']
+
+
+def names(result):
+    return {key: result[key] for key in ('stream', 'sublayer', 'where', 'what', 'how', 'reach')}
+
+
+def sinks_and_constants(model, tokens, starts, batch_size, reference, few):
+    """Returns the `attention` of intervene.json. few: results with their groups of edits."""
+    def sink(edit):
+        heads = attention(model, tokens, starts, batch_size, reference, edit)[0]
+        return {'sink': number(heads.mean()), 'by_layer': [number(v) for v in heads.mean(1)]}
+
+    nothing = Edit('stream', '', (), 'zero')
+    pairs = [list(result['group'].values())[:2] for result in few]
+    _, constant = attention(model, tokens, starts, batch_size, reference, nothing, (0, 1, reference.T // 2))
+    return {'sequences': len(starts), 'unedited': sink(nothing),
+            'edits': [{**names(result), **sink(edit), 'control': sink(control)} for result, (edit, control) in zip(few, pairs)], 'constancy': {t: {'constancy': number(mean.sum() / norms.sum()), 'norm': number(norms.mean()), 'by_layer': [
+        number(v) for v in mean.sum(1) / norms.sum(1)]} for t, (mean, norms) in constant.items()}}
+
+
+def continuations(model, prompts, seed, reference, few, coder):
+    """Returns the `samples` of intervene.json. prompts: (B, P)."""
+    def texts(edit):
+        return [coder.decode(ids) for ids in sample(model, prompts, NEW_TOKENS, seed, reference, edit).tolist()]
+
+    unedited = texts(Edit('stream', '', (), 'zero'))
+    edits = [(names(result), *(texts(edit) for edit in list(result['group'].values())[:2])) for result in few]
+    return [{'prompt': coder.decode(prompt), 'unedited': unedited[i], 'edits': [{**name, 'text': text[i], 'control': control[i]} for name, text, control in edits]}
+            for i, prompt in enumerate(prompts.tolist())]
+
+
+def intervene(checkpoint, path, tokens, meta, args):
+    """Returns what intervene.json holds, and of each stream the results that the figures show."""
+    model = build_model(checkpoint, path, bf16_streams=False).to(args.device)
+    S, N, operator = len(model.sublayers), args.sequences, RESIDUALS[model.config.residual]
+    streams = operator.streams if args.stream is None else (args.stream,)
+    if not set(streams) <= set(operator.streams):
+        raise UserError(f"--stream={args.stream}, but {path} has {' and '.join(operator.streams)}")
+    if args.sublayer.isdecimal() and int(args.sublayer) >= S:
+        raise UserError(f'--sublayer={args.sublayer}, but {path} has sublayers 0 to {S - 1}')
+    if args.top > model.config.n_embd // 4:
+        raise UserError(f'--top={args.top}, but {path} has {model.config.n_embd} dimensions, and the controls need three times as many others: ask for fewer')
+    starts = tokens.fixed_starts(N + min(N, CALIBRATION), args.seed)
+    if len(starts) < N + min(N, CALIBRATION):
+        raise UserError(f'--sequences={N} and {min(N, CALIBRATION)} more to choose entries on, but {tokens.path} holds {len(starts)} windows: ask for fewer')
+    batch_size = max(1, (8192 if args.device == 'cuda' else 4096) // tokens.block_size)
+    labels, kinds = label(tokens, starts[:N], meta)
+    reference, weights = Reference(model, tokens, starts[N:], batch_size, args.seed), bootstrap_weights(args.seed, range(N), REPLICATES)
+
+    def losses_of(results, count, what):
+        edits = list(dict.fromkeys(edit for result in results for edit in result['group'].values()))
+        return len(edits), *evaluate(model, tokens, starts[:count], edits, reference, batch_size, lambda share: progress(
+            f'{path}: {what}, {len(edits)} edits of {count} sequences, {share:.0%}' * (share < 1)))
+
+    peak = {stream: max(range(S - 1), key=lambda s: reference.standout(stream, s + 1)) for stream in streams}  # after the last, an edit changes its own predictions only
+    chosen = {stream: [peak[stream]] if args.sublayer == 'auto' else range(S) if args.sublayer == 'all' else [int(args.sublayer)] for stream in streams}
+    results = {(stream, s): plan(reference, stream, s, HOWS[args.how], args.top, stream == operator.decoded and not model.config.decode_gamma, len(streams) == 1)
+               for stream in streams for s in chosen[stream]}
+    figured = {stream: results[stream, peak[stream] if peak[stream] in chosen[stream] else chosen[stream][0]] for stream in streams}
+    few = [result for group in figured.values() for result in shown(group)]
+    heads = sinks_and_constants(model, tokens, starts[:min(N, 16)], batch_size, reference, few)
+    prompts = tokens.windows(starts[N:][:PROMPTS])[0][:, :min(64, tokens.block_size // 2)].to(args.device)
+    samples = continuations(model, prompts, args.seed, reference, few, encoding(meta['tokenizer']))
+    results = [result for group in results.values() for result in group]
+    evaluations, before, losses = losses_of(results, N, 'interventions')
+    finish(results, before, losses, reference, weights, labels, kinds)
+    sweep = []
+    if args.sublayer == 'auto':
+        sweep = [result for stream in streams for s in range(S) for result in plan(reference, stream, s, ('zero',), args.top, False, True)
+                 if (result['what'], result['reach']) == ('top', 'once')]
+        count, unedited, losses = losses_of(sweep, max(2, N // 4), 'every sublayer')
+        evaluations += count
+        finish(sweep, unedited, losses, reference, weights[:, :len(unedited)], {}, None)
+    loss = span(weights, before.sum(1, dtype=np.float64), np.full(N, reference.T))
+    report = {'schema': 1, 'checkpoint': str(path), 'iter_num': checkpoint['iter_num'], 'model': {**checkpoint['model_args'], 'parameters': model.num_params()},
+              'data': {'name': tokens.path.parent.name, 'split': 'val', 'sequences': N, 'calibration': len(starts) - N, 'block_size': tokens.block_size, 'seed': args.seed,
+                       'sweep_sequences': max(2, N // 4)},
+              'evaluations': evaluations, 'loss': rounded(loss), 'perplexity': number(np.exp(loss[0])), 'sweep': sweep, 'results': results,
+              'before': {name: {of[i]: {'share': number((places == i).mean()), 'loss': number(before[places == i].mean(dtype=np.float64))} for i in np.unique(places)}
+                         for name, (places, of) in labels.items()},
+              'attention': heads, 'samples': samples}
+    return report, figured
+
+
+def progress(text):
+    if sys.stderr.isatty():
+        print(f'\r\033[K{text}', end='', file=sys.stderr, flush=True)
+
+
+def ratio_text(q):
+    return short(q, 3) if q is None or not 0.1 <= q < 10 else f'{q:.4f}'
+
+
+def print_result(head, result):
+    """One line: the edit, its controls after the bar; a star where its interval is apart from all of theirs."""
+    edit, controls = result['edit'], result['controls']
+    q = edit['ratio']
+    apart = all(q['low'] > c['ratio']['high'] or q['high'] < c['ratio']['low'] for c in controls.values())
+    interval = f"{ratio_text(q['value'])} [{ratio_text(q['low'])}, {ratio_text(q['high'])}]" + '*' * apart
+    changes = [f"{edit[key]['value']:+.3g}" if edit[key] else '–' for key in ('edited', 'later')]
+    print(f'{head:33} {interval:26}{changes[0]:>9} {changes[1]:>9} |' + ''.join(f"{ratio_text(controls[name]['ratio']['value']) if name in controls else '':>8}" for name in CONTROLS))
+
+
+def print_report(name, report):
+    data = report['data']
+    print(f"\n{name}, iteration {report['iter_num']}: {data['sequences']} sequences of {data['block_size']} tokens, {data['name']} val, seed {data['seed']}; "
+          f"{report['evaluations']} edits")
+    print(f"perplexity {short(report['perplexity'], 4)}; ratio: after an edit to before; changes of loss in nats; * apart from every control")
+    columns = f" {'ratio [95% interval]':26}{'edited':>9} {'later':>9} |" + ''.join(f'{name:>8}' for name in CONTROLS)
+    for stream, results in groupby(report['sweep'], lambda result: result['stream']):
+        print(f"\n{stream + ', top entries zeroed once':33}{columns}")
+        for result in results:
+            position, dim = result['entries'][0]
+            print_result(f"after {result['sublayer']:<3} {dim} at {position}, {short(result['standout'], 3)} × median", result)
+    for (stream, s), results in groupby(report['results'], lambda result: (result['stream'], result['sublayer'])):
+        print(f"\n{f'{stream} after sublayer {s}':33}{columns}")
+        for result in results:
+            print_result(f"{result['where']:8}{result['what']:6}{result['how']:12}{result['reach']}", result)
+
+
+def print_details(report, figured):
+    """Losses by class of the predicted token, the sinks and the continuations, each beside the first control."""
+    for results in map(shown, figured.values()):
+        heads = [f"{r['stream']} {r['what']} {r['how']}" for r in results]
+        print(f"\n{'change of loss, downstream':28}{'share':>6} {'before':>7}" + ''.join(f"{head:>16} ({next(iter(r['controls']))})".ljust(26) for head, r in zip(heads, results)))
+        for breakdown, rows in report['before'].items():
+            for of, row in rows.items():
+                cells = [f"{r['edit']['by'][breakdown][of][0]:>+16.4f} ({next(iter(r['controls'].values()))['by'][breakdown][of][0]:+.4f})" for r in results]
+                print(f"{f'{breakdown} {of}':28}{row['share']:6.1%} {row['loss']:7.3f}" + ''.join(cell.ljust(26) for cell in cells))
+    heads = report['attention']
+    print(f"\nattention to position 0: {heads['unedited']['sink']:.4f}; " + '; '.join(
+        f"{edit['stream']} {edit['what']} {edit['how']} {edit['sink']:.4f} (control {edit['control']['sink']:.4f})" for edit in heads['edits']))
+    print('a constant over inputs (1) or not (0) is what later outputs get from position ' + ', '.join(f"{t}: {c['constancy']:.3f}" for t, c in heads['constancy'].items()))
+    for text in report['samples']:
+        print(f"\n{text['prompt'][-60:]!r} …\n  {'unedited':24}{text['unedited'][:80]!r}")
+        for edit in text['edits']:
+            head = f"{edit['stream']} {edit['what']} {edit['how']}"
+            print(f"  {head:24}{edit['text'][:80]!r}\n  {'  control':24}{edit['control'][:80]!r}")
+
+
+def draw_ratios(name, figured, path):
+    """Every intervention of a stream in a line, with its controls and 95% intervals."""
+    with figure(path, f'{name}: perplexity after ÷ before, bars: 95% intervals over sequences', 1, len(figured), (6.2, 1.3 + 0.2 * max(map(len, figured.values())))) as axes:
+        for axis, (stream, results) in zip(axes, figured.items()):
+            for y, result in enumerate(results):
+                for i, (kind, of) in enumerate({**result['controls'], 'edit': result['edit']}.items()):
+                    q, place = of['ratio'], y if kind == 'edit' else y + 0.18 * (CONTROLS.index(kind) - 1.5)
+                    axis.plot([q['low'], q['high']], [place, place], color=MARKS[kind]['color'], linewidth=1.2)
+                    axis.plot(q['value'], place, linestyle='', markersize=6 if kind == 'edit' else 3.5, label=kind if y == 0 else None, **MARKS[kind])
+            axis.set(title=f"{stream}, sublayer {results[0]['sublayer']}", xscale='log', xlabel='perplexity ratio (log scale)', ylim=(len(results) - 0.4, -0.6))
+            axis.set_yticks(range(len(results)), [f"{r['where']} {r['what']}, {r['how']} {r['reach']}" for r in results], fontsize=7)
+            axis.axvline(1, color='#999999', linewidth=0.8)
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize='small')
+
+
+def draw_classes(name, before, figured, path):
+    """What the shown interventions and their first controls do to the loss of every class of predicted tokens."""
+    classes = before['class']
+    with figure(path, f'{name}: change of loss by class of the predicted token, bars: 95% intervals', 1, len(figured), (5.6, 1.6 + 0.4 * len(classes))) as axes:
+        for axis, results in zip(axes, map(shown, figured.values())):
+            for i, result in enumerate(results):
+                control, against = next(iter(result['controls'].items()))
+                for j, (kind, of) in enumerate({'edit': result['edit'], control: against}.items()):
+                    style = dict(color=('#0072B2', '#D55E00')[i], marker='os'[i], markerfacecolor='none' if j else None, linestyle='')
+                    for y, key in enumerate(classes):
+                        (value, low, high), place = of['by']['class'][key], y + 0.18 * (2 * i + j - 1.5)
+                        axis.plot([low, high], [place, place], color=style['color'], linewidth=1.2)
+                        axis.plot(value, place, label=f"{result['what']} {result['how']}" + f', {control}' * j if y == 0 else None, **style)
+            axis.set(title=f"{results[0]['stream']}, sublayer {results[0]['sublayer']} and downstream", xlabel='change of loss (nats per token)', ylim=(len(classes) - 0.4, -0.6))
+            axis.set_yticks(range(len(classes)), [f"{key} ({row['share']:.1%})" for key, row in classes.items()])
+            axis.axvline(0, color='#999999', linewidth=0.8)
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize='small')
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--ckpt', nargs='+', required=True, help='checkpoints, folders of runs, or folders above them')
+    parser.add_argument('--stream', help="one of the model's streams (default: all of them)")
+    parser.add_argument('--sublayer', default='auto', help='a number; all; or auto, a sweep over all and the one where the outlier stands out most (default)')
+    parser.add_argument('--top', type=int, default=4, help='how many entries to change (default 4)')
+    parser.add_argument('--how', choices=HOWS, default='all')
+    parser.add_argument('--sequences', type=int, default=48, help='windows to evaluate on (default 48)')
+    parser.add_argument('--data', help="dataset to evaluate on, a name below data/ or a path (default: the run's own)")
+    parser.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
+    parser.add_argument('--out', type=Path, help="folder for intervene.json and figures (default: the run's own)")
+    parser.add_argument('--seed', type=int, default=0, help='of windows, controls, bootstrap and continuations (default 0)')
+    parser.add_argument('--force', action='store_true', help='go on although the data are not those of the training')
+    args = parser.parse_args(argv)
+    if args.top < 1 or args.sequences < 2:
+        raise UserError(f'--top is {args.top}, --sequences is {args.sequences}: expected at least 1 and 2')
+    if args.sublayer not in ('auto', 'all') and not args.sublayer.isdecimal():
+        raise UserError(f'--sublayer is {args.sublayer}: expected auto, all or a number')
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f'--seed is {args.seed}: expected a whole number from 0 to 2⁶³ − 1')
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        raise UserError('--device=cuda, but PyTorch sees no GPU: use --device=cpu')
+    args.device = args.device if args.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    args.split, args.topk = 'val', args.top
+    return args
+
+
+def run(argv):
+    args = parse_arguments(argv)
+    for name, (path, checkpoint, tokens, _) in open_runs(args).items():
+        out, suffix = (args.out / name, '') if args.out else (path.parent, path.stem.removeprefix('ckpt'))
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f'cannot write to {out} ({error.strerror}): name another folder with --out') from None
+        report, figured = intervene(checkpoint, path, tokens, read_meta(tokens.path.parent), args)
+        with atomic_write(out / f'intervene{suffix}.json', 'w') as file:
+            json.dump(report, file, separators=(',', ':'))
+        draw_ratios(name, figured, out / f'intervene{suffix}.png')
+        draw_classes(name, report['before'], figured, out / f'intervene_class{suffix}.png')
+        print_report(name, report)
+        print_details(report, figured)
+        print(f'written: {os.path.relpath(out)}/intervene{suffix}.json, intervene{suffix}.png, intervene_class{suffix}.png')
+
+
+def main(argv=None):
+    torch.set_float32_matmul_precision('highest')  # no TF32: the numbers are float32's
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        run(argv)
+    except UserError as error:
+        sys.exit(f'error: {error}')
+    except torch.cuda.OutOfMemoryError:
+        sys.exit('error: the GPU has too little free memory for this model in float32: use --device=cpu')
+
+
+if __name__ == '__main__':
+    main()
