@@ -28,7 +28,7 @@ def settings(residual, n_layer, n_embd, head, mlp_ratio):
     name, steps = f'{residual}_{n_layer}x{n_embd}_h{head}_m{mlp_ratio}', int(os.environ['STEPS'])
     values = dict(residual=residual, n_layer=n_layer, n_embd=n_embd, n_head=n_embd // head, mlp_ratio=mlp_ratio, dataset=os.environ['DATASET'], device=os.environ['DEVICE'],
                   block_size=os.environ['BLOCK'], batch_size=os.environ['BATCH'], max_iters=steps, warmup_iters=max(1, steps // 12), lr=2e-3, beta2=0.99, eval_sequences=16,
-                  eval_interval=max(1, steps // 25), ckpt_interval=steps, log_interval=100, compile=False, kernels=False, out_dir=f"{os.environ['OUT']}/{name}")
+                  eval_interval=max(1, steps // 25), ckpt_interval=steps, log_interval=100, compile=False, kernels=False, out_dir=f"{os.environ['RUNS']}/{name}")
     if residual == 'ledger':
         values['gate_rank'] = max(8, n_embd // 8)
     return name, [f'--{key}={value}' for key, value in values.items()]
@@ -44,7 +44,7 @@ def finish(folder):
 
 def main():
     torch.set_num_threads(1)
-    out, stop = Path(os.environ['OUT']), time.time() + float(os.environ['TIME_LIMIT'])
+    out, stop = Path(os.environ['RUNS']), time.time() + float(os.environ['TIME_LIMIT'])
     for shape in RUNS[:2 * int(os.environ['PAIRS'])]:
         name, argv = settings(*shape)
         try:
