@@ -102,8 +102,8 @@ def read_runs(path):
 def finite(run, stream, sublayer, t, r, **more):
     """A Series of the finite points, in the order of their steps."""
     t, r = np.asarray(t, float), np.asarray([math.nan if v is None else v for v in r], float)
-    if len(set(t)) < len(t) or t.min(initial=0) < 0:
-        raise UserError(f'{run}, {stream}, sublayer {sublayer}: a step is negative or stands twice')
+    if len(set(t)) < len(t) or not ((t >= 0) & (t < math.inf)).all():
+        raise UserError(f'{run}, {stream}, sublayer {sublayer}: a step is no number from 0, or stands twice')
     order = t.argsort()
     keep = order[np.isfinite(r[order])]
     return Series(run, stream, sublayer, t[keep], r[keep], **more)
@@ -253,9 +253,11 @@ def five(t, theta, coefficients, rss):
     worst = int(half[:4].argmax())
     if half[worst] > WIDEST:
         return None, None, f'not identifiable: {PARAMETERS[worst]} is known within a factor of {math.exp(min(half[worst], 99)):.0e} only'
-    sign, values = math.copysign(1, A1), np.array([math.log(abs(A1)) + beta * tau, math.log(beta) - g, g, math.log(tau) + g])
-    parameters = {name: dict(zip(('value', 'low', 'high'), map(number, (sign * math.exp(v), *sorted((sign * math.exp(v - h), sign * math.exp(v + h)))))))
-                  for name, v, h in zip(PARAMETERS, values, half)}
+    values = np.array([math.log(abs(A1)) + beta * tau, math.log(beta) - g, g, math.log(tau) + g])
+    parameters = {name: dict(zip(('value', 'low', 'high'), map(number, np.exp([v, v - h, v + h])))) for name, v, h in zip(PARAMETERS, values, half)}
+    if A1 < 0:
+        A = parameters['A']
+        parameters['A'] = {'value': -A['value'], 'low': -A['high'], 'high': -A['low']}
     parameters['K'] = {'value': number(K), 'low': number(K - half[4]), 'high': number(K + half[4])}
     peak = None
     if A1 > 0:
