@@ -155,11 +155,6 @@ def columns_second(theta, t):
     return ((slow * np.exp(fast * t) - fast * np.exp(slow * t)) / (slow - fast)).real[..., None, :]
 
 
-def time_scales(t):
-    """Returns the logarithms of the shortest and the longest time that n steps can speak of."""
-    return math.log(t[t > 0][0]), math.log(t[-1])
-
-
 FAMILIES = {  # name → parameters besides the noise's variance, columns beside the constant, box of what is searched
     'constant': (1, None, lambda low, high: []),
     'logarithm': (3, lambda theta, t: np.log(t + np.exp(theta))[..., None, :], lambda low, high: [(low - 4, high + 2)]),
@@ -216,12 +211,6 @@ def lambert_w(z):
             break
         w = new
     return float(w)
-
-
-def curve(t, A, lam, gamma, t0, K):
-    """f(t) in its published form. t: (n,) steps."""
-    x = gamma * t + t0
-    return A * np.exp(-lam * x) * np.log(x) + K
 
 
 def jacobian(t, beta, tau, A1, g):
@@ -296,10 +285,10 @@ def shape(t, r, values):
 
 def fit_group(t, y):
     """t: (n,), y: (S, n), none of them degenerate. Returns a dict for each series, as emergence.json has it."""
-    n, low_high = len(t), time_scales(t)
+    n, first = len(t), t[t > 0][0]
     total = residual(np.zeros((0, n)), y)
-    thetas = {name: search(columns, box(*low_high), t, y) for name, (_, columns, box) in FAMILIES.items() if columns}
-    dense = np.unique(np.concatenate([t, np.geomspace(t[t > 0][0], t[-1], 400)]))
+    thetas = {name: search(columns, box(math.log(first), math.log(t[-1])), t, y) for name, (_, columns, box) in FAMILIES.items() if columns}
+    dense = np.unique(np.concatenate([t, np.geomspace(first, t[-1], 400)]))
     fits = []
     for i, r in enumerate(y):
         rss = {name: float(residual(FAMILIES[name][1](theta[i], t), r)) for name, theta in thetas.items()} | {'constant': float(total[i])}
@@ -313,11 +302,16 @@ def fit_group(t, y):
         preferred = min(aic, key=aic.get)
         kind, inside, half = shape(dense, r, values)
         parameters, peak, why = five(t, theta, coefficients, rss['f'])
+        limit = min(('logarithm', 'first order'), key=aic.get)  # β = 0 and A₁ = 0
+        if parameters and aic['f'] > aic[limit] - CLEARLY:
+            parameters, peak, why = None, None, f'not identifiable: f is not clearly better than its limit, the {limit}'
         if aic[preferred] > aic['constant'] - CLEARLY:
-            kind, inside, half, parameters, why = 'neither', None, None, None, 'no trend: no curve is clearly better than a constant'
+            kind, inside, half, parameters, peak, why = 'neither', None, None, None, None, 'no trend: no curve is clearly better than a constant'
+        if not (peak and t[0] < peak['value'] < t[-1]):
+            peak = inside and {'value': number(inside), 'low': None, 'high': None}
         fits.append({'n': n, 'r2': number(1 - rss['f'] / total[i]), 'preferred': preferred, 'aic': {name: number(v) for name, v in aic.items()},
                      'curve': {name: number(v) for name, v in zip(('beta', 'tau', 'A1', 'A2', 'K'), (beta, tau, *coefficients))},
-                     'parameters': parameters, 'note': why, 'class': kind, 'peak': inside and (parameters and peak or {'value': number(inside), 'low': None, 'high': None}),
+                     'parameters': parameters, 'note': why, 'class': kind, 'peak': peak,
                      'half_step': half, 'first': number(values[0]), 'top': number(values.max()), 'final': number(values[-1]), 'last_step': float(t[-1])})
     return fits
 
@@ -370,42 +364,39 @@ def features(model, stream, sublayer, arms):
             'layers': L, 'MLP sublayer': sublayer % 2, **{f'{name}: {key}': on * value for name, on in mine.items() for key, value in {'arm': 1, **powers}.items()}}
 
 
-def ridge(X, y, penalty):
-    """X: (n, p), y: (n, m). Returns (p,) centre and scale of the features, (p, m) weights of the standardized ones, (m,) intercept."""
+def ridge(X, y, penalties):
+    """X: (n, p), y: (n, m). Returns (P, p, m) weights and (P, 1, m) intercepts, for each of P penalties, per row and on standardized features."""
     centre, scale = X.mean(0), X.std(0)
     scale = np.where(scale > 1e-12, scale, np.inf)  # a feature that is constant says nothing
     Z = (X - centre) / scale
-    return centre, scale, np.linalg.solve(Z.T @ Z + penalty * len(X) * np.eye(X.shape[1]), Z.T @ (y - y.mean(0))), y.mean(0)
-
-
-def apply(fitted, X):
-    centre, scale, weights, intercept = fitted
-    return (X - centre) / scale @ weights + intercept
+    weights = np.linalg.solve(Z.T @ Z + np.multiply.outer(penalties, len(X) * np.eye(X.shape[1])), Z.T @ (y - y.mean(0))) / scale[:, None]
+    return weights, y.mean(0) - centre @ weights[:, None]
 
 
 def leave_out(groups):
-    """groups: (n,) of hashables. Yields (kept, left out) masks, one pair for each group: all rows of a group leave together."""
-    for group in sorted(set(groups)):
-        left = np.array([g == group for g in groups])
-        yield ~left, left
+    """groups: (n,) integers. Yields (kept, left out) masks, one pair for each group: all rows of a group leave together."""
+    for group in np.unique(groups):
+        yield groups != group, groups == group
 
 
 def choose_penalty(X, y, groups):
     """Returns the penalty with the least error on groups left out, five sets of them."""
-    number_of = {group: i for i, group in enumerate(sorted(set(groups)))}
-    fifth = [number_of[g] % 5 for g in groups]
-    if len(set(fifth)) < 2:
+    fifth = np.unique(groups, return_inverse=True)[1] % 5
+    if fifth.max() < 1:
         return PENALTIES[-1]
-    errors = [sum(((y[left] - apply(ridge(X[kept], y[kept], penalty), X[left]))**2).sum() for kept, left in leave_out(fifth)) for penalty in PENALTIES]
-    return PENALTIES[int(np.argmin(errors))]
+    errors = 0
+    for kept, left in leave_out(fifth):
+        weights, intercepts = ridge(X[kept], y[kept], PENALTIES)
+        errors = errors + ((y[left] - X[left] @ weights - intercepts)**2).sum((1, 2))
+    return PENALTIES[errors.argmin()]
 
 
 def validate(X, y, groups, inner):
     """Predicts every group by a ridge on the others, whose penalty is chosen on them alone, by leaving out groups of `inner`. Returns (n, m)."""
     predicted = np.full(y.shape, np.nan)
     for kept, left in leave_out(groups):
-        penalty = choose_penalty(X[kept], y[kept], [g for g, k in zip(inner, kept) if k])
-        predicted[left] = apply(ridge(X[kept], y[kept], penalty), X[left])
+        (weights,), (intercept,) = ridge(X[kept], y[kept], [choose_penalty(X[kept], y[kept], inner[kept])])
+        predicted[left] = X[left] @ weights + intercept
     return predicted
 
 
@@ -423,18 +414,20 @@ def curve_at(fit, steps):
 def regress(rows, y, arms):
     """rows: [(Series, fit)], y: (n, m). Returns what predictor.json says of one target, and its predictions for left-out architectures."""
     table = [features(x.model, x.stream, x.sublayer, arms) for x, _ in rows]
-    X, groups = np.array([list(f.values()) for f in table]), [architecture(x.model) for x, _ in rows]
-    random = np.random.RandomState(0).permutation(len(rows)) % 5
-    predicted, mixed = validate(X, y, groups, groups), validate(X, y, list(random), list(range(len(rows))))
-    r2, of_arm = r_squared(y, predicted), np.array([arm(x.model, x.stream) for x, _ in rows])
-    blocks = {name: [i for i, key in enumerate(table[0]) if name == key or name == 'arm and depth' and ':' in key] for name in [*(k for k in table[0] if ':' not in k), 'arm and depth']}
-    carried = {name: number(r2 - r_squared(y, validate(np.delete(X, block, 1), y, groups, groups))) for name, block in blocks.items()} if r2 is not None else {}
-    centre, scale, weights, intercept = ridge(X, y, choose_penalty(X, y, groups))
-    weights = weights / scale[:, None]
+    X, of_arm = np.array([list(f.values()) for f in table]), np.array([arm(x.model, x.stream) for x, _ in rows])
+    groups = np.unique([architecture(x.model) for x, _ in rows], axis=0, return_inverse=True)[1].ravel()
+    each = np.arange(len(rows))
+    predicted, mixed = validate(X, y, groups, groups), validate(X, y, np.random.RandomState(0).permutation(each) % 5, each)
+    r2, keys, carried = r_squared(y, predicted), list(table[0]), {}
+    for name in [*(key for key in keys if ':' not in key), 'arm and depth']:
+        without = [i for i, key in enumerate(keys) if key != name and not (name == 'arm and depth' and ':' in key)]
+        if r2 is not None:
+            carried[name] = number(r2 - r_squared(y, validate(X[:, without], y, groups, groups)))
+    (weights,), (intercept,) = ridge(X, y, [choose_penalty(X, y, groups)])
     return {'n': len(rows), 'architectures': len(set(groups)), 'r2_architectures_out': r2, 'r2_random_split': r_squared(y, mixed),
             'r2_of_arm': {a: r_squared(y[of_arm == a], predicted[of_arm == a]) for a in arms if (of_arm == a).any()},
             'error': number(np.median(abs(y - predicted))), 'r2_lost_without': dict(sorted(carried.items(), key=lambda item: -item[1])),
-            'weights': weights.tolist(), 'intercept': (intercept - centre @ weights).tolist()}, predicted
+            'weights': weights.tolist(), 'intercept': intercept[0].tolist()}, predicted
 
 
 def make_predictor(series, fits):
@@ -450,7 +443,7 @@ def make_predictor(series, fits):
     predictor, left_out = {'schema': 1, 'arms': arms, 'last_step': last, 'range': {key: [min(v), max(v)] for key, v in
                            zip(SHAPE, zip(*(architecture(x.model) for x, _ in rows)))}, 'targets': {}}, {}
     first = min(x.t[x.t > 0][0] for x, _ in rows)
-    predictor['steps'] = [float(t) for t in np.geomspace(first, last, 25)]
+    predictor['steps'] = np.unique(np.geomspace(first, last, 25).round()).tolist()
     curves = np.array([curve_at(f, np.array(predictor['steps'])) for _, f in rows])
     low = np.array([x.r.min() for x, _ in rows])[:, None]  # a fitted curve may undershoot its data; a ratio is positive
     jobs = {'curve': (rows, np.log(np.maximum(curves, np.maximum(low, 1))))}
@@ -480,6 +473,8 @@ def expected(predictor, model, stream):
 def text(q, digits=3):
     if q is None:
         return '–'
+    if isinstance(q, float) and 1000 <= abs(q) < 1e6:
+        return f'{q:.0f}'
     return f'{q:.{digits}g}' if not isinstance(q, dict) else text(q['value'], digits) + (f" [{text(q['low'], 2)}, {text(q['high'], 2)}]" if q['low'] is not None else '')
 
 
@@ -495,11 +490,11 @@ def print_fits(series, fits):
 
 def half_of_loss(steps, loss):
     """The step at which the validation loss has made half of its fall, by interpolation, or None."""
-    steps, loss = np.array([(t, v) for t, v in zip(steps, loss) if v is not None]).T
-    middle, below = (loss[0] + loss.min()) / 2, np.flatnonzero(loss <= (loss[0] + loss.min()) / 2)
-    if not len(below) or not below[0]:
+    steps, loss = np.array([(t, v) for t, v in zip(steps, loss) if v is not None] or [(0, 0)]).T
+    middle = (loss[0] + loss.min()) / 2
+    i = (loss <= middle).argmax()
+    if not i:
         return None
-    i = below[0]
     return float(np.interp(-middle, -loss[i - 1:i + 1], steps[i - 1:i + 1]))
 
 
@@ -555,11 +550,11 @@ def print_expected(predictor, model, stream):
           + (f"; outside of what was trained: {'; '.join(outside)}" if outside else ''))
     print(f"{'step':>12}" + ''.join(f'{s:>8}' for s in range(len(values))))
     for step, row in zip(predictor['steps'], values.T):
-        print(f'{step:>12.0f}' + ''.join(f'{v:>8.3g}' for v in row))
+        print(f'{step:>12.0f}' + ''.join(f'{text(float(v)):>8}' for v in row))
     for name in ('final', 'half_step', 'peak_step'):
         if name in targets:
             out = predictor['targets'][name]
-            print(f'{name:>12}' + ''.join(f'{v:>8.3g}' for v in targets[name]) + f"   typical error x {math.exp(out['error']):.3g}, R² {text(out['r2_architectures_out'])} on architectures left out"
+            print(f'{name:>12}' + ''.join(f'{text(float(v)):>8}' for v in targets[name]) + f"   typical error x {math.exp(out['error']):.3g}, R² {text(out['r2_architectures_out'])} on architectures left out"
                   + ' (of sublayers that have a peak inside training)' * (name == 'peak_step'))
 
 
@@ -609,7 +604,7 @@ def draw_peaks(series, fits, path):
             axis.set(title=stream, xlabel='relative depth (first to last sublayer)', xlim=(0, 1), ylim=(len(runs[stream]) - 0.5, -0.5), facecolor='#DDDDDD')
             axis.set_yticks(range(len(runs[stream])), runs[stream], fontsize='x-small')
         if peaks:
-            axis.figure.colorbar(mesh, ax=list(axis.figure.axes), label='step of the peak')
+            axis.figure.colorbar(mesh, ax=list(axis.figure.axes), label='step of the peak', format='{x:g}')
 
 
 def draw_predicted(left_out, path):
@@ -719,7 +714,7 @@ def analyse(args):
         json.dump(report, file)
     draw_peaks(series, fits, out / 'peaks.png')
     for name in names[:4]:  # more are in emergence.json
-        draw_curves(name, [(x, f) for x, f in zip(series, fits) if x.run == name], out / f'curves_{name}.png')
+        draw_curves(name, [(x, f) for x, f in zip(series, fits) if x.run == name], out / f"curves_{name.replace('/', '_')}.png")
         written.append(f'curves_{name}.png')
     print(f"written: {os.path.relpath(out)}/{', '.join(written)}")
 
