@@ -13,8 +13,10 @@ What is worth knowing before reading on:
 - the curve is f(t) = A exp(−λ x) log x + K with x = γ t + t0 (the same, eq. 7). With β = λγ, τ = t0/γ, A₁ = A exp(−λ t0), A₂ = A₁ log γ it reads
   exp(−β t)(A₁ log(t + τ) + A₂) + K: two parameters are searched on a fixed grid and zoomed in on, three solved; nothing is drawn at random;
 - intervals are 95%, from the Gauss–Newton covariance of (log|A|, log λ, log γ, log t0, K) and, for the peak, the delta method; residuals are taken to be
-  independent, which those of neighbouring evaluations are not quite. Where one is wider than a factor of ten either way, the five are "not identifiable"
-  and only the curve is reported: so it ends for a curve that does not bend within training (β → 0) and for a plain relaxation (A₁ → 0);
+  independent, which those of neighbouring evaluations are not quite. The five are "not identifiable", and only the curve is reported, where one is wider than
+  a factor of ten either way, or f is not clearly (10 of AIC) better than its limits: the logarithm, as β → 0, and a first-order relaxation, as A₁ → 0;
+- early peak: the curve rises and falls by a tenth of its span or more within training; log increase: it ends at least half of its span above its start,
+  and has fallen by less than a tenth. Half height: where it first is halfway from its start to its largest value;
 - AIC = n log(RSS / n) + 2k over n steps; k counts a curve's parameters and the noise's variance: constant 2, logarithm and first order 4, second order 5, f 6.
 """
 import argparse
@@ -53,7 +55,7 @@ class Series:
     t: np.ndarray        # (n,) steps, rising
     r: np.ndarray        # (n,) largest over median, finite
     model: dict = None   # the run's model_args, where they are known
-    loss: tuple = None   # (steps, validation losses) of the run
+    loss_half: float = None  # the step at which half of the fall of its validation loss is behind it
 
 
 def model_args(folder):
@@ -109,12 +111,20 @@ def finite(run, stream, sublayer, t, r, **more):
     return Series(run, stream, sublayer, t[keep], r[keep], **more)
 
 
+def half_of_fall(steps, loss):
+    """The step at which a loss has made half of its fall, by interpolation, or None."""
+    steps, loss = np.array([(t, v) for t, v in zip(steps, loss) if v is not None] or [(0, 0)]).T
+    middle = (loss[0] + loss.min()) / 2
+    i = (loss <= middle).argmax()
+    return number(np.interp(-middle, -loss[i - 1:i + 1], steps[i - 1:i + 1])) if i else None
+
+
 def series_of(run):
     """Returns the Series of a packed run."""
     try:
-        return [finite(run['run'], stream, s, run['steps'], r, model=run['model_args'], loss=(run['steps'], run['val_loss']))
-                for stream, q in run['streams'].items() for s, r in enumerate(q['max_over_median'])]
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+        more = {'model': run['model_args'], 'loss_half': half_of_fall(run['steps'], run['val_loss'])}
+        return [finite(run['run'], stream, s, run['steps'], r, **more) for stream, q in run['streams'].items() for s, r in enumerate(q['max_over_median'])]
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise UserError(f"{run['run']}: not written with --pack, or cut short ({error})") from None
 
 
@@ -460,14 +470,6 @@ def make_predictor(series, fits):
     return predictor, left_out
 
 
-def expected(predictor, model, stream):
-    """Returns (2·n_layer, m) the expected curve of each sublayer at predictor["steps"], and {target: (2·n_layer,)}."""
-    X = np.array([list(features(model, stream, s, predictor['arms']).values()) for s in range(2 * model['n_layer'])])
-    raw = {name: X @ np.array(target['weights']) + target['intercept'] for name, target in predictor['targets'].items()}
-    with np.errstate(over='ignore'):
-        return np.exp(raw.pop('curve')), {name: TARGETS[name][2](y[:, 0]) for name, y in raw.items()}
-
-
 # ---- What is printed
 
 def text(q, digits=3):
@@ -488,35 +490,22 @@ def print_fits(series, fits):
             print('  ' + (f['note'] or ', '.join(f'{name} {text(q)}' for name, q in f['parameters'].items())))
 
 
-def half_of_loss(steps, loss):
-    """The step at which the validation loss has made half of its fall, by interpolation, or None."""
-    steps, loss = np.array([(t, v) for t, v in zip(steps, loss) if v is not None] or [(0, 0)]).T
-    middle = (loss[0] + loss.min()) / 2
-    i = (loss <= middle).argmax()
-    if not i:
-        return None
-    return float(np.interp(-middle, -loss[i - 1:i + 1], steps[i - 1:i + 1]))
-
-
 def summarize(series, fits):
     """Returns a dict for each run and stream: what emergence.json and the table say of it."""
-    rows = {}
-    for x, f in zip(series, fits):
-        rows.setdefault((x.run, x.stream), []).append((x, f))
     summary = []
-    for (run, stream), pairs in rows.items():
-        good, x = [f for _, f in pairs if 'r2' in f], pairs[0][0]
-        middle = {name: number(np.median(v)) if (v := [f[name]['value'] if name == 'peak' else f[name] for f in good if f[name]]) else None for name in ('peak', 'half_step')}
-        summary.append({'run': run, 'stream': stream, 'sublayers': len(pairs), 'fitted': len(good), 'r2': number(np.mean([f['r2'] for f in good])) if good else None,
-                        'r2_least': min((f['r2'] for f in good), default=None), 'f_preferred': sum(f['preferred'] == 'f' for f in good),
-                        'identifiable': sum(f['parameters'] is not None for f in good), **middle, 'loss_half_step': number(half_of_loss(*x.loss)) if x.loss and half_of_loss(*x.loss) else None,
-                        'classes': {name: sum(f['class'] == name for _, f in pairs) for name in CLASSES}})
+    for run, stream in dict.fromkeys((x.run, x.stream) for x in series):
+        of = [(x, f) for x, f in zip(series, fits) if (x.run, x.stream) == (run, stream)]
+        good = [f for _, f in of if 'r2' in f]
+        r2, peak, half = [f['r2'] for f in good], [f['peak']['value'] for f in good if f['peak']], [f['half_step'] for f in good if f['half_step']]
+        summary.append({'run': run, 'stream': stream, 'sublayers': len(of), 'fitted': len(good), 'r2': number(np.mean(r2)) if r2 else None, 'r2_least': min(r2, default=None),
+                        'f_preferred': sum(f['preferred'] == 'f' for f in good), 'identifiable': sum(f['parameters'] is not None for f in good),
+                        'peak': number(np.median(peak)) if peak else None, 'half_step': number(np.median(half)) if half else None, 'loss_half_step': of[0][0].loss_half,
+                        'classes': {name: sum(f['class'] == name for _, f in of) for name in CLASSES}})
     return summary
 
 
 def print_summary(summary):
-    columns = f"{'run':28}{'stream':8}{'fitted':>9}{'mean R²':>9}{'least':>8}{'f best':>8}{'five':>6}{'peak':>8}{'half':>8}{'loss half':>11}   early peak / log increase / neither"
-    print(f"\n{columns}")
+    print(f"\n{'run':28}{'stream':8}{'fitted':>9}{'mean R²':>9}{'least':>8}{'f best':>8}{'five':>6}{'peak':>8}{'half':>8}{'loss half':>11}   {' / '.join(CLASSES)}")
     for s in summary:
         fitted, parts = f"{s['fitted']}/{s['sublayers']}", ' / '.join(map(str, s['classes'].values()))
         print(f"{s['run']:28.27}{s['stream']:8}{fitted:>9}{text(s['r2']):>9}{text(s['r2_least']):>8}{s['f_preferred']:>8}{s['identifiable']:>6}"
@@ -544,18 +533,24 @@ def print_predictor(predictor):
 
 
 def print_expected(predictor, model, stream):
-    values, targets = expected(predictor, model, stream)
-    outside = [f'{key} = {v}, seen {low} to {high}' for key, v, (low, high) in zip(SHAPE, architecture(model), predictor['range'].values()) if not low <= v <= high]
-    print(f"{arm(model, stream)}, {', '.join(f'{key} = {v}' for key, v in zip(SHAPE, architecture(model)))}: expected largest over median, a row for each step, a column for each sublayer"
-          + (f"; outside of what was trained: {'; '.join(outside)}" if outside else ''))
-    print(f"{'step':>12}" + ''.join(f'{s:>8}' for s in range(len(values))))
-    for step, row in zip(predictor['steps'], values.T):
-        print(f'{step:>12.0f}' + ''.join(f'{text(float(v)):>8}' for v in row))
-    for name in ('final', 'half_step', 'peak_step'):
-        if name in targets:
-            out = predictor['targets'][name]
-            print(f'{name:>12}' + ''.join(f'{text(float(v)):>8}' for v in targets[name]) + f"   typical error x {math.exp(out['error']):.3g}, R² {text(out['r2_architectures_out'])} on architectures left out"
-                  + ' (of sublayers that have a peak inside training)' * (name == 'peak_step'))
+    """Prints the curve that is expected of each sublayer, and what a person asks for."""
+    X = np.array([list(features(model, stream, s, predictor['arms']).values()) for s in range(2 * model['n_layer'])])
+    raw = {name: X @ np.array(target['weights']) + target['intercept'] for name, target in predictor['targets'].items()}
+    settings = dict(zip(SHAPE, architecture(model)))
+    outside = [f'{key} = {v}, seen {low} to {high}' for (key, v), (low, high) in zip(settings.items(), predictor['range'].values()) if not low <= v <= high]
+
+    def row(head, values):
+        return f'{head:>12}' + ''.join(f'{text(float(v)):>8}' for v in values)
+    print(f"{arm(model, stream)}, {', '.join(f'{key} = {v}' for key, v in settings.items())}: expected largest over median, a row for each step, a column for each sublayer")
+    if outside:
+        print(f"outside of what was trained: {'; '.join(outside)}")
+    print(row('step', range(len(X))))
+    for step, values in zip(predictor['steps'], np.exp(raw['curve']).T):
+        print(row(f'{step:.0f}', values))
+    for name in [name for name in ('final', 'half_step', 'peak_step') if name in raw]:
+        out = predictor['targets'][name]
+        print(row(name, TARGETS[name][2](raw[name][:, 0])) + f"   typical error x {text(math.exp(out['error']))}, R² {text(out['r2_architectures_out'])} on architectures left out"
+              + ' (of sublayers that have a peak inside training)' * (name == 'peak_step'))
 
 
 # ---- Figures
@@ -627,22 +622,18 @@ def draw_predicted(left_out, path):
 
 # ---- The command
 
-def parse_arch(arch):
-    """'n_layer=6,n_embd=256,n_head=8[,mlp_ratio=4,residual=ledger,stream=C,qk_norm=True]' → (model's settings, stream)."""
-    model = {'mlp_ratio': 4, 'residual': 'baseline', 'stream': None, 'qk_norm': 'False'}
-    for part in arch.split(','):
+def predict_arch(args):
+    """--arch=n_layer=6,n_embd=256,n_head=8[,mlp_ratio=4,residual=ledger,stream=C,qk_norm=True]"""
+    model = {'mlp_ratio': 4, 'residual': 'baseline', 'stream': '', 'qk_norm': 'False'}
+    for part in args.arch.split(','):
         key, equals, value = part.partition('=')
         if not equals or key not in (*SHAPE, *model) or key in SHAPE and not (value.isdecimal() and int(value)):
-            raise UserError(f'--arch={arch}: {part!r} is not one of n_layer=, n_embd=, n_head= and, if wanted, mlp_ratio=, each with a whole number, residual=, stream=, qk_norm=')
+            raise UserError(f'--arch: {part!r} is not one of n_layer=, n_embd=, n_head= and, if wanted, mlp_ratio=, each with a whole number, residual=, stream=, qk_norm=')
         model[key] = int(value) if key in SHAPE else value
     if missing := [key for key in SHAPE if key not in model]:
-        raise UserError(f"--arch={arch} lacks {', '.join(missing)}: like n_layer=6,n_embd=256,n_head=8")
+        raise UserError(f"--arch={args.arch} lacks {', '.join(missing)}: like n_layer=6,n_embd=256,n_head=8")
     model['qk_norm'] = model['qk_norm'] == 'True'
-    return model, model.pop('stream') or getattr(RESIDUALS.get(model['residual']), 'decoded', '')
-
-
-def predict_arch(args):
-    model, stream = parse_arch(args.arch)
+    stream = model.pop('stream') or getattr(RESIDUALS.get(model['residual']), 'decoded', '')
     try:
         predictor = json.loads(args.predictor.read_text())
         if arm(model, stream) not in predictor['arms']:
