@@ -286,7 +286,7 @@ def shape(t, r, values):
     where it first has come half of the way from its start to its largest value, or None if it never rises."""
     top, span = int(values.argmax()), np.ptp(values)
     rise, fall = values[top] - values[0], values[top] - values[-1]
-    peak = float(t[top]) if min(rise, fall) >= 0.1 * span and 0 < top < len(t) - 1 else None
+    peak = float(t[top]) if min(rise, fall) > 0.1 * span else None
     half = float(t[:top + 1][values[:top + 1] >= values[0] + rise / 2][0]) if rise > 0.1 * span else None
     if peak:
         return 'early peak', peak, half
@@ -574,6 +574,7 @@ def draw_curves(run, rows, path, across=6):
                     axis.axvline(f['peak']['value'], color='#999999', linestyle=':')
                 axis.set_title(f"{stream}, {('attn', 'mlp')[x.sublayer % 2]} {x.sublayer}" + (f": R² {f['r2']:.3f}" if 'r2' in f else ': no fit'), fontsize='small')
                 axis.set_xscale('symlog', linthresh=first)
+                axis.set_xlim(-0.3 * first, 1.5 * x.t[-1])
                 axis.set_ylim(bottom=min(0, x.r.min()))
                 axis.set_xlabel('step', fontsize='small')
                 axis.grid(alpha=0.3)
@@ -599,7 +600,8 @@ def draw_peaks(series, fits, path):
             axis.set(title=stream, xlabel='relative depth (first to last sublayer)', xlim=(0, 1), ylim=(len(runs[stream]) - 0.5, -0.5), facecolor='#DDDDDD')
             axis.set_yticks(range(len(runs[stream])), runs[stream], fontsize='x-small')
         if peaks:
-            axis.figure.colorbar(mesh, ax=list(axis.figure.axes), label='step of the peak', format='{x:g}')
+            bar = axis.figure.colorbar(mesh, ax=list(axis.figure.axes), label='step of the peak', ticks=np.geomspace(norm.vmin, norm.vmax, 5), format='{x:.3g}')
+            bar.minorticks_off()
 
 
 def draw_predicted(left_out, path):

@@ -89,14 +89,24 @@ def test_the_fit_depends_neither_on_luck_nor_on_the_other_series_nor_on_their_or
     assert fit_all(rows) == fit_all(rows[::-1])[::-1] == [fit(x.t, x.r) for x in rows]
 
 
-def test_no_other_start_finds_a_better_curve_than_the_search():
-    r = curve(STEPS, *PLANTED[0]) + 2 * np.random.RandomState(4).randn(len(STEPS))
+@pytest.mark.parametrize('clean', [curve(STEPS, *PLANTED[0]), 20 - 15 * np.exp(-(np.log(STEPS + 1) - 4)**2), 5 * np.sin(STEPS / 1500)], ids=['peak', 'dip', 'wave'])
+def test_no_other_start_finds_a_better_curve_than_the_search(clean):
+    r = clean + np.random.RandomState(4).randn(len(STEPS))
     rss = (1 - fit(STEPS, r)['r2']) * ((r - r.mean())**2).sum()
     best = math.inf
     for beta, tau in itertools.product(np.geomspace(1e-7, 1, 60), np.geomspace(1e-2, 1e5, 60)):
         basis = np.stack([np.exp(-beta * STEPS) * np.log(STEPS + tau), np.exp(-beta * STEPS), np.ones_like(STEPS)], 1)
         best = min(best, ((r - basis @ np.linalg.lstsq(basis, r, rcond=None)[0])**2).sum())
     assert rss <= best * (1 + 1e-6)
+
+
+def test_of_two_basins_the_search_ends_in_the_deeper():
+    r = 5 * np.sin(STEPS / 1500) + np.random.RandomState(4).randn(len(STEPS))
+    grid = np.log(np.array(list(itertools.product(np.geomspace(1e-5, 1, 300), np.geomspace(0.05, 20, 60)))))
+    x = columns_second(grid, STEPS)[:, 0]
+    x, y, n = x - x.mean(1, keepdims=True), r - r.mean(), len(r)
+    best = (y @ y - (x @ y)**2 / np.maximum((x * x).sum(1), 1e-12)).min()
+    assert fit(STEPS, r)['aic']['second order'] <= n * math.log(best / n) + 2 * 5
 
 
 @pytest.mark.parametrize('kind', ['logarithm', 'first order', 'second order', 'f'])
@@ -252,7 +262,7 @@ def test_a_left_out_architecture_does_not_touch_its_own_prediction():
     series, fits = made_up(SHAPES[:5])
     X = np.array([list(emergence.features(x.model, x.stream, x.sublayer, ['baseline/h', 'ledger/C', 'ledger/D']).values()) for x in series])
     groups, rng = np.unique([emergence.architecture(x.model) for x in series], axis=0, return_inverse=True)[1].ravel(), np.random.RandomState(12)
-    y = rng.randn(len(series), 1)
+    y = X[:, [4]] + X[:, [0]] + 0.01 * rng.randn(len(series), 1)  # a law, so that the least penalty is chosen; what comes next would choose the largest
     before, mine = emergence.validate(X, y, groups, groups), groups == groups[0]
     y[mine] += 1e6
     after = emergence.validate(X, y, groups, groups)
@@ -334,6 +344,7 @@ def test_a_csv_gives_r_as_top1_over_median_whatever_the_order_of_its_rows(tmp_pa
     assert [(f['run'], f['stream'], f['sublayer']) for f in found] == [('series', 'C', 0), ('series', 'D', 1)]
     for f in found:
         np.testing.assert_allclose(values(f), planted, rtol=5e-3)
+        assert f['half_step'] == pytest.approx(fit(STEPS, curve(STEPS, *planted))['half_step']) and f['last_step'] == 14000
 
 
 def sweep_file(path, shapes=SHAPES[1:13:2]):
