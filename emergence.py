@@ -13,8 +13,10 @@ What is worth knowing before reading on:
 - the curve is f(t) = A exp(−λ x) log x + K with x = γ t + t0 (the same, eq. 7). With β = λγ, τ = t0/γ, A₁ = A exp(−λ t0), A₂ = A₁ log γ it reads
   exp(−β t)(A₁ log(t + τ) + A₂) + K: two parameters are searched on a fixed grid and zoomed in on, three solved; nothing is drawn at random;
 - intervals are 95%, from the Gauss–Newton covariance of (log|A|, log λ, log γ, log t0, K) and, for the peak, the delta method; residuals are taken to be
-  independent, which those of neighbouring evaluations are not quite. Where one is wider than a factor of ten either way, the five are "not identifiable"
-  and only the curve is reported: so it ends for a curve that does not bend within training (β → 0) and for a plain relaxation (A₁ → 0);
+  independent, which those of neighbouring evaluations are not quite. The five are "not identifiable", and only the curve is reported, where one is wider than
+  a factor of ten either way, or f is not clearly (10 of AIC) better than its limits: the logarithm, as β → 0, and a first-order relaxation, as A₁ → 0;
+- early peak: the curve rises and falls by a tenth of its span or more within training; log increase: it ends at least half of its span above its start,
+  and has fallen by less than a tenth. Half height: where it first is halfway from its start to its largest value;
 - AIC = n log(RSS / n) + 2k over n steps; k counts a curve's parameters and the noise's variance: constant 2, logarithm and first order 4, second order 5, f 6.
 """
 import argparse
@@ -53,7 +55,7 @@ class Series:
     t: np.ndarray        # (n,) steps, rising
     r: np.ndarray        # (n,) largest over median, finite
     model: dict = None   # the run's model_args, where they are known
-    loss: tuple = None   # (steps, validation losses) of the run
+    loss_half: float = None  # the step at which half of the fall of its validation loss is behind it
 
 
 def model_args(folder):
@@ -102,19 +104,27 @@ def read_runs(path):
 def finite(run, stream, sublayer, t, r, **more):
     """A Series of the finite points, in the order of their steps."""
     t, r = np.asarray(t, float), np.asarray([math.nan if v is None else v for v in r], float)
-    if len(set(t)) < len(t) or t.min(initial=0) < 0:
-        raise UserError(f'{run}, {stream}, sublayer {sublayer}: a step is negative or stands twice')
+    if len(set(t)) < len(t) or not ((t >= 0) & (t < math.inf)).all():
+        raise UserError(f'{run}, {stream}, sublayer {sublayer}: a step is no number from 0, or stands twice')
     order = t.argsort()
     keep = order[np.isfinite(r[order])]
     return Series(run, stream, sublayer, t[keep], r[keep], **more)
 
 
+def half_of_fall(steps, loss):
+    """The step at which a loss has made half of its fall, by interpolation, or None."""
+    steps, loss = np.array([(t, v) for t, v in zip(steps, loss) if v is not None] or [(0, 0)]).T
+    middle = (loss[0] + loss.min()) / 2
+    i = (loss <= middle).argmax()
+    return number(np.interp(-middle, -loss[i - 1:i + 1], steps[i - 1:i + 1])) if i else None
+
+
 def series_of(run):
     """Returns the Series of a packed run."""
     try:
-        return [finite(run['run'], stream, s, run['steps'], r, model=run['model_args'], loss=(run['steps'], run['val_loss']))
-                for stream, q in run['streams'].items() for s, r in enumerate(q['max_over_median'])]
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+        more = {'model': run['model_args'], 'loss_half': half_of_fall(run['steps'], run['val_loss'])}
+        return [finite(run['run'], stream, s, run['steps'], r, **more) for stream, q in run['streams'].items() for s, r in enumerate(q['max_over_median'])]
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise UserError(f"{run['run']}: not written with --pack, or cut short ({error})") from None
 
 
@@ -153,11 +163,6 @@ def columns_second(theta, t):
     root = np.where(abs(root) < 1e-4, 1e-4, root)  # ζ = 1 is a limit
     slow, fast = omega * (root - zeta), omega * (-root - zeta)
     return ((slow * np.exp(fast * t) - fast * np.exp(slow * t)) / (slow - fast)).real[..., None, :]
-
-
-def time_scales(t):
-    """Returns the logarithms of the shortest and the longest time that n steps can speak of."""
-    return math.log(t[t > 0][0]), math.log(t[-1])
 
 
 FAMILIES = {  # name → parameters besides the noise's variance, columns beside the constant, box of what is searched
@@ -218,12 +223,6 @@ def lambert_w(z):
     return float(w)
 
 
-def curve(t, A, lam, gamma, t0, K):
-    """f(t) in its published form. t: (n,) steps."""
-    x = gamma * t + t0
-    return A * np.exp(-lam * x) * np.log(x) + K
-
-
 def jacobian(t, beta, tau, A1, g):
     """(n, 5): derivatives of f by log|A|, log λ, log γ, log t0 and K; g = log γ. In a form that cannot overflow where A and γ would."""
     u, log_x = A1 * np.exp(-beta * t), g + np.log(t + tau)
@@ -253,9 +252,11 @@ def five(t, theta, coefficients, rss):
     worst = int(half[:4].argmax())
     if half[worst] > WIDEST:
         return None, None, f'not identifiable: {PARAMETERS[worst]} is known within a factor of {math.exp(min(half[worst], 99)):.0e} only'
-    sign, values = math.copysign(1, A1), np.array([math.log(abs(A1)) + beta * tau, math.log(beta) - g, g, math.log(tau) + g])
-    parameters = {name: dict(zip(('value', 'low', 'high'), map(number, (sign * math.exp(v), *sorted((sign * math.exp(v - h), sign * math.exp(v + h)))))))
-                  for name, v, h in zip(PARAMETERS, values, half)}
+    values = np.array([math.log(abs(A1)) + beta * tau, math.log(beta) - g, g, math.log(tau) + g])
+    parameters = {name: dict(zip(('value', 'low', 'high'), map(number, np.exp([v, v - h, v + h])))) for name, v, h in zip(PARAMETERS, values, half)}
+    if A1 < 0:
+        A = parameters['A']
+        parameters['A'] = {'value': -A['value'], 'low': -A['high'], 'high': -A['low']}
     parameters['K'] = {'value': number(K), 'low': number(K - half[4]), 'high': number(K + half[4])}
     peak = None
     if A1 > 0:
@@ -285,7 +286,7 @@ def shape(t, r, values):
     where it first has come half of the way from its start to its largest value, or None if it never rises."""
     top, span = int(values.argmax()), np.ptp(values)
     rise, fall = values[top] - values[0], values[top] - values[-1]
-    peak = float(t[top]) if min(rise, fall) >= 0.1 * span and 0 < top < len(t) - 1 else None
+    peak = float(t[top]) if min(rise, fall) > 0.1 * span else None
     half = float(t[:top + 1][values[:top + 1] >= values[0] + rise / 2][0]) if rise > 0.1 * span else None
     if peak:
         return 'early peak', peak, half
@@ -294,10 +295,10 @@ def shape(t, r, values):
 
 def fit_group(t, y):
     """t: (n,), y: (S, n), none of them degenerate. Returns a dict for each series, as emergence.json has it."""
-    n, low_high = len(t), time_scales(t)
+    n, first = len(t), t[t > 0][0]
     total = residual(np.zeros((0, n)), y)
-    thetas = {name: search(columns, box(*low_high), t, y) for name, (_, columns, box) in FAMILIES.items() if columns}
-    dense = np.unique(np.concatenate([t, np.geomspace(t[t > 0][0], t[-1], 400)]))
+    thetas = {name: search(columns, box(math.log(first), math.log(t[-1])), t, y) for name, (_, columns, box) in FAMILIES.items() if columns}
+    dense = np.unique(np.concatenate([t, np.geomspace(first, t[-1], 400)]))
     fits = []
     for i, r in enumerate(y):
         rss = {name: float(residual(FAMILIES[name][1](theta[i], t), r)) for name, theta in thetas.items()} | {'constant': float(total[i])}
@@ -311,11 +312,16 @@ def fit_group(t, y):
         preferred = min(aic, key=aic.get)
         kind, inside, half = shape(dense, r, values)
         parameters, peak, why = five(t, theta, coefficients, rss['f'])
+        limit = min(('logarithm', 'first order'), key=aic.get)  # β = 0 and A₁ = 0
+        if parameters and aic['f'] > aic[limit] - CLEARLY:
+            parameters, peak, why = None, None, f'not identifiable: f is not clearly better than its limit, the {limit}'
         if aic[preferred] > aic['constant'] - CLEARLY:
-            kind, inside, half, parameters, why = 'neither', None, None, None, 'no trend: no curve is clearly better than a constant'
+            kind, inside, half, parameters, peak, why = 'neither', None, None, None, None, 'no trend: no curve is clearly better than a constant'
+        if not (peak and t[0] < peak['value'] < t[-1]):
+            peak = inside and {'value': number(inside), 'low': None, 'high': None}
         fits.append({'n': n, 'r2': number(1 - rss['f'] / total[i]), 'preferred': preferred, 'aic': {name: number(v) for name, v in aic.items()},
                      'curve': {name: number(v) for name, v in zip(('beta', 'tau', 'A1', 'A2', 'K'), (beta, tau, *coefficients))},
-                     'parameters': parameters, 'note': why, 'class': kind, 'peak': inside and (parameters and peak or {'value': number(inside), 'low': None, 'high': None}),
+                     'parameters': parameters, 'note': why, 'class': kind, 'peak': peak,
                      'half_step': half, 'first': number(values[0]), 'top': number(values.max()), 'final': number(values[-1]), 'last_step': float(t[-1])})
     return fits
 
@@ -368,42 +374,39 @@ def features(model, stream, sublayer, arms):
             'layers': L, 'MLP sublayer': sublayer % 2, **{f'{name}: {key}': on * value for name, on in mine.items() for key, value in {'arm': 1, **powers}.items()}}
 
 
-def ridge(X, y, penalty):
-    """X: (n, p), y: (n, m). Returns (p,) centre and scale of the features, (p, m) weights of the standardized ones, (m,) intercept."""
+def ridge(X, y, penalties):
+    """X: (n, p), y: (n, m). Returns (P, p, m) weights and (P, 1, m) intercepts, for each of P penalties, per row and on standardized features."""
     centre, scale = X.mean(0), X.std(0)
     scale = np.where(scale > 1e-12, scale, np.inf)  # a feature that is constant says nothing
     Z = (X - centre) / scale
-    return centre, scale, np.linalg.solve(Z.T @ Z + penalty * len(X) * np.eye(X.shape[1]), Z.T @ (y - y.mean(0))), y.mean(0)
-
-
-def apply(fitted, X):
-    centre, scale, weights, intercept = fitted
-    return (X - centre) / scale @ weights + intercept
+    weights = np.linalg.solve(Z.T @ Z + np.multiply.outer(penalties, len(X) * np.eye(X.shape[1])), Z.T @ (y - y.mean(0))) / scale[:, None]
+    return weights, y.mean(0) - centre @ weights[:, None]
 
 
 def leave_out(groups):
-    """groups: (n,) of hashables. Yields (kept, left out) masks, one pair for each group: all rows of a group leave together."""
-    for group in sorted(set(groups)):
-        left = np.array([g == group for g in groups])
-        yield ~left, left
+    """groups: (n,) integers. Yields (kept, left out) masks, one pair for each group: all rows of a group leave together."""
+    for group in np.unique(groups):
+        yield groups != group, groups == group
 
 
 def choose_penalty(X, y, groups):
     """Returns the penalty with the least error on groups left out, five sets of them."""
-    number_of = {group: i for i, group in enumerate(sorted(set(groups)))}
-    fifth = [number_of[g] % 5 for g in groups]
-    if len(set(fifth)) < 2:
+    fifth = np.unique(groups, return_inverse=True)[1] % 5
+    if fifth.max() < 1:
         return PENALTIES[-1]
-    errors = [sum(((y[left] - apply(ridge(X[kept], y[kept], penalty), X[left]))**2).sum() for kept, left in leave_out(fifth)) for penalty in PENALTIES]
-    return PENALTIES[int(np.argmin(errors))]
+    errors = 0
+    for kept, left in leave_out(fifth):
+        weights, intercepts = ridge(X[kept], y[kept], PENALTIES)
+        errors = errors + ((y[left] - X[left] @ weights - intercepts)**2).sum((1, 2))
+    return PENALTIES[errors.argmin()]
 
 
 def validate(X, y, groups, inner):
     """Predicts every group by a ridge on the others, whose penalty is chosen on them alone, by leaving out groups of `inner`. Returns (n, m)."""
     predicted = np.full(y.shape, np.nan)
     for kept, left in leave_out(groups):
-        penalty = choose_penalty(X[kept], y[kept], [g for g, k in zip(inner, kept) if k])
-        predicted[left] = apply(ridge(X[kept], y[kept], penalty), X[left])
+        (weights,), (intercept,) = ridge(X[kept], y[kept], [choose_penalty(X[kept], y[kept], inner[kept])])
+        predicted[left] = X[left] @ weights + intercept
     return predicted
 
 
@@ -421,18 +424,20 @@ def curve_at(fit, steps):
 def regress(rows, y, arms):
     """rows: [(Series, fit)], y: (n, m). Returns what predictor.json says of one target, and its predictions for left-out architectures."""
     table = [features(x.model, x.stream, x.sublayer, arms) for x, _ in rows]
-    X, groups = np.array([list(f.values()) for f in table]), [architecture(x.model) for x, _ in rows]
-    random = np.random.RandomState(0).permutation(len(rows)) % 5
-    predicted, mixed = validate(X, y, groups, groups), validate(X, y, list(random), list(range(len(rows))))
-    r2, of_arm = r_squared(y, predicted), np.array([arm(x.model, x.stream) for x, _ in rows])
-    blocks = {name: [i for i, key in enumerate(table[0]) if name == key or name == 'arm and depth' and ':' in key] for name in [*(k for k in table[0] if ':' not in k), 'arm and depth']}
-    carried = {name: number(r2 - r_squared(y, validate(np.delete(X, block, 1), y, groups, groups))) for name, block in blocks.items()} if r2 is not None else {}
-    centre, scale, weights, intercept = ridge(X, y, choose_penalty(X, y, groups))
-    weights = weights / scale[:, None]
+    X, of_arm = np.array([list(f.values()) for f in table]), np.array([arm(x.model, x.stream) for x, _ in rows])
+    groups = np.unique([architecture(x.model) for x, _ in rows], axis=0, return_inverse=True)[1].ravel()
+    each = np.arange(len(rows))
+    predicted, mixed = validate(X, y, groups, groups), validate(X, y, np.random.RandomState(0).permutation(each) % 5, each)
+    r2, keys, carried = r_squared(y, predicted), list(table[0]), {}
+    for name in [*(key for key in keys if ':' not in key), 'arm and depth']:
+        without = [i for i, key in enumerate(keys) if key != name and not (name == 'arm and depth' and ':' in key)]
+        if r2 is not None:
+            carried[name] = number(r2 - r_squared(y, validate(X[:, without], y, groups, groups)))
+    (weights,), (intercept,) = ridge(X, y, [choose_penalty(X, y, groups)])
     return {'n': len(rows), 'architectures': len(set(groups)), 'r2_architectures_out': r2, 'r2_random_split': r_squared(y, mixed),
             'r2_of_arm': {a: r_squared(y[of_arm == a], predicted[of_arm == a]) for a in arms if (of_arm == a).any()},
             'error': number(np.median(abs(y - predicted))), 'r2_lost_without': dict(sorted(carried.items(), key=lambda item: -item[1])),
-            'weights': weights.tolist(), 'intercept': (intercept - centre @ weights).tolist()}, predicted
+            'weights': weights.tolist(), 'intercept': intercept[0].tolist()}, predicted
 
 
 def make_predictor(series, fits):
@@ -448,7 +453,7 @@ def make_predictor(series, fits):
     predictor, left_out = {'schema': 1, 'arms': arms, 'last_step': last, 'range': {key: [min(v), max(v)] for key, v in
                            zip(SHAPE, zip(*(architecture(x.model) for x, _ in rows)))}, 'targets': {}}, {}
     first = min(x.t[x.t > 0][0] for x, _ in rows)
-    predictor['steps'] = [float(t) for t in np.geomspace(first, last, 25)]
+    predictor['steps'] = np.unique(np.geomspace(first, last, 25).round()).tolist()
     curves = np.array([curve_at(f, np.array(predictor['steps'])) for _, f in rows])
     low = np.array([x.r.min() for x, _ in rows])[:, None]  # a fitted curve may undershoot its data; a ratio is positive
     jobs = {'curve': (rows, np.log(np.maximum(curves, np.maximum(low, 1))))}
@@ -465,19 +470,13 @@ def make_predictor(series, fits):
     return predictor, left_out
 
 
-def expected(predictor, model, stream):
-    """Returns (2·n_layer, m) the expected curve of each sublayer at predictor["steps"], and {target: (2·n_layer,)}."""
-    X = np.array([list(features(model, stream, s, predictor['arms']).values()) for s in range(2 * model['n_layer'])])
-    raw = {name: X @ np.array(target['weights']) + target['intercept'] for name, target in predictor['targets'].items()}
-    with np.errstate(over='ignore'):
-        return np.exp(raw.pop('curve')), {name: TARGETS[name][2](y[:, 0]) for name, y in raw.items()}
-
-
 # ---- What is printed
 
 def text(q, digits=3):
     if q is None:
         return '–'
+    if isinstance(q, float) and 1000 <= abs(q) < 1e6:
+        return f'{q:.0f}'
     return f'{q:.{digits}g}' if not isinstance(q, dict) else text(q['value'], digits) + (f" [{text(q['low'], 2)}, {text(q['high'], 2)}]" if q['low'] is not None else '')
 
 
@@ -491,35 +490,22 @@ def print_fits(series, fits):
             print('  ' + (f['note'] or ', '.join(f'{name} {text(q)}' for name, q in f['parameters'].items())))
 
 
-def half_of_loss(steps, loss):
-    """The step at which the validation loss has made half of its fall, by interpolation, or None."""
-    steps, loss = np.array([(t, v) for t, v in zip(steps, loss) if v is not None]).T
-    middle, below = (loss[0] + loss.min()) / 2, np.flatnonzero(loss <= (loss[0] + loss.min()) / 2)
-    if not len(below) or not below[0]:
-        return None
-    i = below[0]
-    return float(np.interp(-middle, -loss[i - 1:i + 1], steps[i - 1:i + 1]))
-
-
 def summarize(series, fits):
     """Returns a dict for each run and stream: what emergence.json and the table say of it."""
-    rows = {}
-    for x, f in zip(series, fits):
-        rows.setdefault((x.run, x.stream), []).append((x, f))
     summary = []
-    for (run, stream), pairs in rows.items():
-        good, x = [f for _, f in pairs if 'r2' in f], pairs[0][0]
-        middle = {name: number(np.median(v)) if (v := [f[name]['value'] if name == 'peak' else f[name] for f in good if f[name]]) else None for name in ('peak', 'half_step')}
-        summary.append({'run': run, 'stream': stream, 'sublayers': len(pairs), 'fitted': len(good), 'r2': number(np.mean([f['r2'] for f in good])) if good else None,
-                        'r2_least': min((f['r2'] for f in good), default=None), 'f_preferred': sum(f['preferred'] == 'f' for f in good),
-                        'identifiable': sum(f['parameters'] is not None for f in good), **middle, 'loss_half_step': number(half_of_loss(*x.loss)) if x.loss and half_of_loss(*x.loss) else None,
-                        'classes': {name: sum(f['class'] == name for _, f in pairs) for name in CLASSES}})
+    for run, stream in dict.fromkeys((x.run, x.stream) for x in series):
+        of = [(x, f) for x, f in zip(series, fits) if (x.run, x.stream) == (run, stream)]
+        good = [f for _, f in of if 'r2' in f]
+        r2, peak, half = [f['r2'] for f in good], [f['peak']['value'] for f in good if f['peak']], [f['half_step'] for f in good if f['half_step']]
+        summary.append({'run': run, 'stream': stream, 'sublayers': len(of), 'fitted': len(good), 'r2': number(np.mean(r2)) if r2 else None, 'r2_least': min(r2, default=None),
+                        'f_preferred': sum(f['preferred'] == 'f' for f in good), 'identifiable': sum(f['parameters'] is not None for f in good),
+                        'peak': number(np.median(peak)) if peak else None, 'half_step': number(np.median(half)) if half else None, 'loss_half_step': of[0][0].loss_half,
+                        'classes': {name: sum(f['class'] == name for _, f in of) for name in CLASSES}})
     return summary
 
 
 def print_summary(summary):
-    columns = f"{'run':28}{'stream':8}{'fitted':>9}{'mean R²':>9}{'least':>8}{'f best':>8}{'five':>6}{'peak':>8}{'half':>8}{'loss half':>11}   early peak / log increase / neither"
-    print(f"\n{columns}")
+    print(f"\n{'run':28}{'stream':8}{'fitted':>9}{'mean R²':>9}{'least':>8}{'f best':>8}{'five':>6}{'peak':>8}{'half':>8}{'loss half':>11}   {' / '.join(CLASSES)}")
     for s in summary:
         fitted, parts = f"{s['fitted']}/{s['sublayers']}", ' / '.join(map(str, s['classes'].values()))
         print(f"{s['run']:28.27}{s['stream']:8}{fitted:>9}{text(s['r2']):>9}{text(s['r2_least']):>8}{s['f_preferred']:>8}{s['identifiable']:>6}"
@@ -547,18 +533,24 @@ def print_predictor(predictor):
 
 
 def print_expected(predictor, model, stream):
-    values, targets = expected(predictor, model, stream)
-    outside = [f'{key} = {v}, seen {low} to {high}' for key, v, (low, high) in zip(SHAPE, architecture(model), predictor['range'].values()) if not low <= v <= high]
-    print(f"{arm(model, stream)}, {', '.join(f'{key} = {v}' for key, v in zip(SHAPE, architecture(model)))}: expected largest over median, a row for each step, a column for each sublayer"
-          + (f"; outside of what was trained: {'; '.join(outside)}" if outside else ''))
-    print(f"{'step':>12}" + ''.join(f'{s:>8}' for s in range(len(values))))
-    for step, row in zip(predictor['steps'], values.T):
-        print(f'{step:>12.0f}' + ''.join(f'{v:>8.3g}' for v in row))
-    for name in ('final', 'half_step', 'peak_step'):
-        if name in targets:
-            out = predictor['targets'][name]
-            print(f'{name:>12}' + ''.join(f'{v:>8.3g}' for v in targets[name]) + f"   typical error x {math.exp(out['error']):.3g}, R² {text(out['r2_architectures_out'])} on architectures left out"
-                  + ' (of sublayers that have a peak inside training)' * (name == 'peak_step'))
+    """Prints the curve that is expected of each sublayer, and what a person asks for."""
+    X = np.array([list(features(model, stream, s, predictor['arms']).values()) for s in range(2 * model['n_layer'])])
+    raw = {name: X @ np.array(target['weights']) + target['intercept'] for name, target in predictor['targets'].items()}
+    settings = dict(zip(SHAPE, architecture(model)))
+    outside = [f'{key} = {v}, seen {low} to {high}' for (key, v), (low, high) in zip(settings.items(), predictor['range'].values()) if not low <= v <= high]
+
+    def row(head, values):
+        return f'{head:>12}' + ''.join(f'{text(float(v)):>8}' for v in values)
+    print(f"{arm(model, stream)}, {', '.join(f'{key} = {v}' for key, v in settings.items())}: expected largest over median, a row for each step, a column for each sublayer")
+    if outside:
+        print(f"outside of what was trained: {'; '.join(outside)}")
+    print(row('step', range(len(X))))
+    for step, values in zip(predictor['steps'], np.exp(raw['curve']).T):
+        print(row(f'{step:.0f}', values))
+    for name in [name for name in ('final', 'half_step', 'peak_step') if name in raw]:
+        out = predictor['targets'][name]
+        print(row(name, TARGETS[name][2](raw[name][:, 0])) + f"   typical error x {text(math.exp(out['error']))}, R² {text(out['r2_architectures_out'])} on architectures left out"
+              + ' (of sublayers that have a peak inside training)' * (name == 'peak_step'))
 
 
 # ---- Figures
@@ -582,6 +574,7 @@ def draw_curves(run, rows, path, across=6):
                     axis.axvline(f['peak']['value'], color='#999999', linestyle=':')
                 axis.set_title(f"{stream}, {('attn', 'mlp')[x.sublayer % 2]} {x.sublayer}" + (f": R² {f['r2']:.3f}" if 'r2' in f else ': no fit'), fontsize='small')
                 axis.set_xscale('symlog', linthresh=first)
+                axis.set_xlim(-0.3 * first, 1.5 * x.t[-1])
                 axis.set_ylim(bottom=min(0, x.r.min()))
                 axis.set_xlabel('step', fontsize='small')
                 axis.grid(alpha=0.3)
@@ -607,7 +600,8 @@ def draw_peaks(series, fits, path):
             axis.set(title=stream, xlabel='relative depth (first to last sublayer)', xlim=(0, 1), ylim=(len(runs[stream]) - 0.5, -0.5), facecolor='#DDDDDD')
             axis.set_yticks(range(len(runs[stream])), runs[stream], fontsize='x-small')
         if peaks:
-            axis.figure.colorbar(mesh, ax=list(axis.figure.axes), label='step of the peak')
+            bar = axis.figure.colorbar(mesh, ax=list(axis.figure.axes), label='step of the peak', ticks=np.geomspace(norm.vmin, norm.vmax, 5), format='{x:.3g}')
+            bar.minorticks_off()
 
 
 def draw_predicted(left_out, path):
@@ -630,22 +624,18 @@ def draw_predicted(left_out, path):
 
 # ---- The command
 
-def parse_arch(arch):
-    """'n_layer=6,n_embd=256,n_head=8[,mlp_ratio=4,residual=ledger,stream=C,qk_norm=True]' → (model's settings, stream)."""
-    model = {'mlp_ratio': 4, 'residual': 'baseline', 'stream': None, 'qk_norm': 'False'}
-    for part in arch.split(','):
+def predict_arch(args):
+    """--arch=n_layer=6,n_embd=256,n_head=8[,mlp_ratio=4,residual=ledger,stream=C,qk_norm=True]"""
+    model = {'mlp_ratio': 4, 'residual': 'baseline', 'stream': '', 'qk_norm': 'False'}
+    for part in args.arch.split(','):
         key, equals, value = part.partition('=')
         if not equals or key not in (*SHAPE, *model) or key in SHAPE and not (value.isdecimal() and int(value)):
-            raise UserError(f'--arch={arch}: {part!r} is not one of n_layer=, n_embd=, n_head= and, if wanted, mlp_ratio=, each with a whole number, residual=, stream=, qk_norm=')
+            raise UserError(f'--arch: {part!r} is not one of n_layer=, n_embd=, n_head= and, if wanted, mlp_ratio=, each with a whole number, residual=, stream=, qk_norm=')
         model[key] = int(value) if key in SHAPE else value
     if missing := [key for key in SHAPE if key not in model]:
-        raise UserError(f"--arch={arch} lacks {', '.join(missing)}: like n_layer=6,n_embd=256,n_head=8")
+        raise UserError(f"--arch={args.arch} lacks {', '.join(missing)}: like n_layer=6,n_embd=256,n_head=8")
     model['qk_norm'] = model['qk_norm'] == 'True'
-    return model, model.pop('stream') or getattr(RESIDUALS.get(model['residual']), 'decoded', '')
-
-
-def predict_arch(args):
-    model, stream = parse_arch(args.arch)
+    stream = model.pop('stream') or getattr(RESIDUALS.get(model['residual']), 'decoded', '')
     try:
         predictor = json.loads(args.predictor.read_text())
         if arm(model, stream) not in predictor['arms']:
@@ -717,7 +707,7 @@ def analyse(args):
         json.dump(report, file)
     draw_peaks(series, fits, out / 'peaks.png')
     for name in names[:4]:  # more are in emergence.json
-        draw_curves(name, [(x, f) for x, f in zip(series, fits) if x.run == name], out / f'curves_{name}.png')
+        draw_curves(name, [(x, f) for x, f in zip(series, fits) if x.run == name], out / f"curves_{name.replace('/', '_')}.png")
         written.append(f'curves_{name}.png')
     print(f"written: {os.path.relpath(out)}/{', '.join(written)}")
 
