@@ -320,7 +320,7 @@ def fit_group(t, y):
         if not (peak and t[0] < peak['value'] < t[-1]):
             peak = inside and {'value': number(inside), 'low': None, 'high': None}
         fits.append({'n': n, 'r2': number(1 - rss['f'] / total[i]), 'preferred': preferred, 'aic': {name: number(v) for name, v in aic.items()},
-                     'curve': {name: number(v) for name, v in zip(('beta', 'tau', 'A1', 'A2', 'K'), (beta, tau, *coefficients))},
+                     'curve': {name: float(v) for name, v in zip(('beta', 'tau', 'A1', 'A2', 'K'), (beta, tau, *coefficients))},  # in full: as β → 0 they cancel
                      'parameters': parameters, 'note': why, 'class': kind, 'peak': peak,
                      'half_step': half, 'first': number(values[0]), 'top': number(values.max()), 'final': number(values[-1]), 'last_step': float(t[-1])})
     return fits
