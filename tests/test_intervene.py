@@ -409,9 +409,9 @@ def test_removing_a_planted_outlier_hurts_if_the_model_lives_on_it_and_not_other
                 assert result['edit']['ratio']['value'] == pytest.approx(1, abs=0.1) and later['value'] == pytest.approx(0, abs=1e-6)
             for control in result['controls'].values():
                 assert control['ratio']['value'] == pytest.approx(1, abs=0.3)
-    assert report['attention']['unedited']['by_layer'][1] > 0.9
+    assert report['attention']['unedited']['by_layer'][1] > 0.5  # of two heads, one looks everywhere
     of_start = next(edit for edit in report['attention']['edits'] if edit['what'] == 'start')
-    assert of_start['by_layer'][1] < 0.5 < of_start['control']['by_layer'][1]
+    assert of_start['by_layer'][1] < 0.3 < 0.5 < of_start['control']['by_layer'][1]
 
 
 def command(*flags):
