@@ -33,6 +33,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -70,6 +71,9 @@ class Edit:
     positions: tuple = None    # beside them; None: every position
     quantile: float = 0.0      # of clip
     control: str = ''          # random: other entries instead; moved: the same change in other dimensions
+
+
+NOTHING = Edit('stream', '', (), 'zero')
 
 
 class Reference:
@@ -344,16 +348,16 @@ def names(result):
 
 def sinks_and_constants(model, tokens, starts, batch_size, reference, few):
     """Returns the `attention` of intervene.json. few: results with their groups of edits."""
-    def sink(edit):
-        heads = attention(model, tokens, starts, batch_size, reference, edit)[0]
-        return {'sink': number(heads.mean()), 'by_layer': [number(v) for v in heads.mean(1)]}
+    def look(edit, positions=()):
+        heads, added = attention(model, tokens, starts, batch_size, reference, edit, positions)
+        return {'sink': number(heads.mean()), 'by_layer': [number(v) for v in heads.mean(1)]}, added
 
-    nothing = Edit('stream', '', (), 'zero')
-    pairs = [list(result['group'].values())[:2] for result in few]
-    _, constant = attention(model, tokens, starts, batch_size, reference, nothing, (0, 1, reference.T // 2))
-    return {'sequences': len(starts), 'unedited': sink(nothing),
-            'edits': [{**names(result), **sink(edit), 'control': sink(control)} for result, (edit, control) in zip(few, pairs)], 'constancy': {t: {'constancy': number(mean.sum() / norms.sum()), 'norm': number(norms.mean()), 'by_layer': [
-        number(v) for v in mean.sum(1) / norms.sum(1)]} for t, (mean, norms) in constant.items()}}
+    unedited, added = look(NOTHING, (0, 1, reference.T // 2))
+    edits = [{**names(result), **look(edit)[0], 'control': look(control)[0]} for result in few for edit, control in [list(result['group'].values())[:2]]]
+    with np.errstate(invalid='ignore'):  # where nothing is added
+        constancy = {t: {'constancy': number(mean.sum() / norms.sum()), 'norm': number(norms.mean()),
+                         'by_layer': [number(v) for v in mean.sum(1) / norms.sum(1)]} for t, (mean, norms) in added.items()}
+    return {'sequences': len(starts), 'unedited': unedited, 'edits': edits, 'constancy': constancy}
 
 
 def continuations(model, prompts, seed, reference, few, coder):
@@ -361,7 +365,7 @@ def continuations(model, prompts, seed, reference, few, coder):
     def texts(edit):
         return [coder.decode(ids) for ids in sample(model, prompts, NEW_TOKENS, seed, reference, edit).tolist()]
 
-    unedited = texts(Edit('stream', '', (), 'zero'))
+    unedited = texts(NOTHING)
     edits = [(names(result), *(texts(edit) for edit in list(result['group'].values())[:2])) for result in few]
     return [{'prompt': coder.decode(prompt), 'unedited': unedited[i], 'edits': [{**name, 'text': text[i], 'control': control[i]} for name, text, control in edits]}
             for i, prompt in enumerate(prompts.tolist())]
@@ -429,67 +433,90 @@ def ratio_text(q):
     return short(q, 3) if q is None or not 0.1 <= q < 10 else f'{q:.4f}'
 
 
-def print_result(head, result):
+def row(head, interval, changes, controls):
+    return f'{head:36} {interval:25}' + ' '.join(f'{change:>8}' for change in changes) + ' |' + ''.join(f'{control:>7}' for control in controls)
+
+
+def result_row(head, result):
     """One line: the edit, its controls after the bar; a star where its interval is apart from all of theirs."""
     edit, controls = result['edit'], result['controls']
-    q = edit['ratio']
-    apart = all(q['low'] > c['ratio']['high'] or q['high'] < c['ratio']['low'] for c in controls.values())
-    interval = f"{ratio_text(q['value'])} [{ratio_text(q['low'])}, {ratio_text(q['high'])}]" + '*' * apart
-    changes = [f"{edit[key]['value']:+.3g}" if edit[key] else '–' for key in ('edited', 'later')]
-    print(f'{head:33} {interval:26}{changes[0]:>9} {changes[1]:>9} |' + ''.join(f"{ratio_text(controls[name]['ratio']['value']) if name in controls else '':>8}" for name in CONTROLS))
+    q, others = edit['ratio'], [control['ratio'] for control in controls.values()]
+    apart = all(None not in (q['low'], q['high'], c['low'], c['high']) and (q['low'] > c['high'] or q['high'] < c['low']) for c in others)
+    return row(head, f"{ratio_text(q['value'])} [{ratio_text(q['low'])}, {ratio_text(q['high'])}]" + '*' * apart,
+               [f"{edit[key]['value']:+.2g}" if edit[key] and edit[key]['value'] is not None else '–' for key in ('edited', 'later')],
+               [ratio_text(controls[name]['ratio']['value']) if name in controls else '' for name in CONTROLS])
 
 
 def print_report(name, report):
-    data = report['data']
+    data, columns = report['data'], ('ratio [95% interval]', ('edited', 'later'), CONTROLS)
     print(f"\n{name}, iteration {report['iter_num']}: {data['sequences']} sequences of {data['block_size']} tokens, {data['name']} val, seed {data['seed']}; "
           f"{report['evaluations']} edits")
     print(f"perplexity {short(report['perplexity'], 4)}; ratio: after an edit to before; changes of loss in nats; * apart from every control")
-    columns = f" {'ratio [95% interval]':26}{'edited':>9} {'later':>9} |" + ''.join(f'{name:>8}' for name in CONTROLS)
     for stream, results in groupby(report['sweep'], lambda result: result['stream']):
-        print(f"\n{stream + ', top entries zeroed once':33}{columns}")
+        print('\n' + row(f'{stream}, top entries (× median) zeroed', *columns))
         for result in results:
             position, dim = result['entries'][0]
-            print_result(f"after {result['sublayer']:<3} {dim} at {position}, {short(result['standout'], 3)} × median", result)
+            print(result_row(f"after {result['sublayer']:<3} {dim} at {position}, {short(result['standout'], 3)} ×", result))
     for (stream, s), results in groupby(report['results'], lambda result: (result['stream'], result['sublayer'])):
-        print(f"\n{f'{stream} after sublayer {s}':33}{columns}")
+        print('\n' + row(f'{stream} after sublayer {s}', *columns))
         for result in results:
-            print_result(f"{result['where']:8}{result['what']:6}{result['how']:12}{result['reach']}", result)
+            print(result_row(f"{result['where']:8}{result['what']:6}{result['how']:12}{result['reach']}", result))
 
 
 def print_details(report, figured):
-    """Losses by class of the predicted token, the sinks and the continuations, each beside the first control."""
+    """Losses by class of the predicted token and the rest, the sinks and the continuations, each beside the first control."""
     for results in map(shown, figured.values()):
-        heads = [f"{r['stream']} {r['what']} {r['how']}" for r in results]
-        print(f"\n{'change of loss, downstream':28}{'share':>6} {'before':>7}" + ''.join(f"{head:>16} ({next(iter(r['controls']))})".ljust(26) for head, r in zip(heads, results)))
-        for breakdown, rows in report['before'].items():
-            for of, row in rows.items():
-                cells = [f"{r['edit']['by'][breakdown][of][0]:>+16.4f} ({next(iter(r['controls'].values()))['by'][breakdown][of][0]:+.4f})" for r in results]
-                print(f"{f'{breakdown} {of}':28}{row['share']:6.1%} {row['loss']:7.3f}" + ''.join(cell.ljust(26) for cell in cells))
+        heads = [f"{r['stream']} {r['what']} {r['how']} ({next(iter(r['controls']))})" for r in results]
+        print(f"\n{'change of loss, downstream':28}{'share':>6} {'before':>7}" + ''.join(f'{head:>32}' for head in heads))
+        carriers = {of: {'share': math.nan, 'loss': math.nan} for r in results for of in r['edit']['by'].get('carrier', ())}
+        for breakdown, rows in {**report['before'], 'carrier': carriers}.items():
+            for of, line in rows.items():
+                pairs = [[by.get(breakdown, {}).get(of, [math.nan])[0] for by in (r['edit']['by'], next(iter(r['controls'].values()))['by'])] for r in results]
+                cells = f"{line['share']:6.1%} {line['loss']:7.3f}" + ''.join(f'{edit:+.4f} ({control:+.4f})'.rjust(32) for edit, control in pairs)
+                print(f"{f'{breakdown} {of}':28}" + re.sub('[+]?nan%?', lambda nan: '–'.rjust(len(nan[0])), cells))
     heads = report['attention']
-    print(f"\nattention to position 0: {heads['unedited']['sink']:.4f}; " + '; '.join(
-        f"{edit['stream']} {edit['what']} {edit['how']} {edit['sink']:.4f} (control {edit['control']['sink']:.4f})" for edit in heads['edits']))
-    print('a constant over inputs (1) or not (0) is what later outputs get from position ' + ', '.join(f"{t}: {c['constancy']:.3f}" for t, c in heads['constancy'].items()))
+    print(f"\nattention to position 0, unedited: {heads['unedited']['sink']:.4f}")
+    for edit in heads['edits']:
+        print(f"  {edit['stream']} {edit['what']} {edit['how']}: {edit['sink']:.4f} (control {edit['control']['sink']:.4f})")
+    print('a constant over inputs (1) or not (0) is what later outputs get from position ' + ', '.join(f"{t}: {short(c['constancy'], 3)}" for t, c in heads['constancy'].items()))
     for text in report['samples']:
-        print(f"\n{text['prompt'][-60:]!r} …\n  {'unedited':24}{text['unedited'][:80]!r}")
+        print(f"\n{text['prompt'][-60:]!r:.80} …\n  {'unedited':24}{text['unedited']!r:.80}")
         for edit in text['edits']:
-            head = f"{edit['stream']} {edit['what']} {edit['how']}"
-            print(f"  {head:24}{edit['text'][:80]!r}\n  {'  control':24}{edit['control'][:80]!r}")
+            print(f"  {edit['stream'] + ' ' + edit['what'] + ' ' + edit['how']:24}{edit['text']!r:.80}\n  {'  control':24}{edit['control']!r:.80}")
+
+
+def point(axis, y, value, low, high, label, **style):
+    axis.plot([low, high], [y, y], color=style['color'], linewidth=1.2)
+    axis.plot(value, y, linestyle='', label=label, **style)
+
+
+def finish_panel(axis, lines, unchanged, **settings):
+    axis.set(ylim=(len(lines) - 0.4, -0.6), **settings)
+    axis.set_yticks(range(len(lines)), lines, fontsize='small')
+    axis.axvline(unchanged, color='#999999', linewidth=0.8)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize='small')
 
 
 def draw_ratios(name, figured, path):
     """Every intervention of a stream in a line, with its controls and 95% intervals."""
-    with figure(path, f'{name}: perplexity after ÷ before, bars: 95% intervals over sequences', 1, len(figured), (6.2, 1.3 + 0.2 * max(map(len, figured.values())))) as axes:
+    height = 1.3 + 0.2 * max(map(len, figured.values()))
+    with figure(path, f'{name}: perplexity after ÷ before, bars: 95% intervals over sequences', 1, len(figured), (6.2, height)) as axes:
+        from matplotlib.ticker import MaxNLocator
         for axis, (stream, results) in zip(axes, figured.items()):
+            seen = set()
             for y, result in enumerate(results):
-                for i, (kind, of) in enumerate({**result['controls'], 'edit': result['edit']}.items()):
-                    q, place = of['ratio'], y if kind == 'edit' else y + 0.18 * (CONTROLS.index(kind) - 1.5)
-                    axis.plot([q['low'], q['high']], [place, place], color=MARKS[kind]['color'], linewidth=1.2)
-                    axis.plot(q['value'], place, linestyle='', markersize=6 if kind == 'edit' else 3.5, label=kind if y == 0 else None, **MARKS[kind])
-            axis.set(title=f"{stream}, sublayer {results[0]['sublayer']}", xscale='log', xlabel='perplexity ratio (log scale)', ylim=(len(results) - 0.4, -0.6))
-            axis.set_yticks(range(len(results)), [f"{r['where']} {r['what']}, {r['how']} {r['reach']}" for r in results], fontsize=7)
-            axis.axvline(1, color='#999999', linewidth=0.8)
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize='small')
+                for kind, of in {**result['controls'], 'edit': result['edit']}.items():
+                    place, size = (y, 6) if kind == 'edit' else (y + 0.18 * (CONTROLS.index(kind) - 1.5), 3.5)
+                    point(axis, place, **of['ratio'], label=None if kind in seen else kind, markersize=size, **MARKS[kind])
+                    seen.add(kind)
+            finish_panel(axis, [f"{r['where']} {r['what']}, {r['how']} {r['reach']}" for r in results], 1, title=f"{stream}, sublayer {results[0]['sublayer']}",
+                         xscale='log', xlabel='perplexity ratio (log scale)')
+            low, high = axis.get_xlim()
+            if high < 10 * low:  # no power of ten to speak of
+                axis.xaxis.set_major_locator(MaxNLocator(6))
+            axis.xaxis.set_major_formatter('{x:g}')
+            axis.xaxis.set_minor_formatter('')
 
 
 def draw_classes(name, before, figured, path):
@@ -498,18 +525,14 @@ def draw_classes(name, before, figured, path):
     with figure(path, f'{name}: change of loss by class of the predicted token, bars: 95% intervals', 1, len(figured), (5.6, 1.6 + 0.4 * len(classes))) as axes:
         for axis, results in zip(axes, map(shown, figured.values())):
             for i, result in enumerate(results):
-                control, against = next(iter(result['controls'].items()))
-                for j, (kind, of) in enumerate({'edit': result['edit'], control: against}.items()):
-                    style = dict(color=('#0072B2', '#D55E00')[i], marker='os'[i], markerfacecolor='none' if j else None, linestyle='')
+                control = next(iter(result['controls']))
+                for j, of in enumerate((result['edit'], result['controls'][control])):
                     for y, key in enumerate(classes):
-                        (value, low, high), place = of['by']['class'][key], y + 0.18 * (2 * i + j - 1.5)
-                        axis.plot([low, high], [place, place], color=style['color'], linewidth=1.2)
-                        axis.plot(value, place, label=f"{result['what']} {result['how']}" + f', {control}' * j if y == 0 else None, **style)
-            axis.set(title=f"{results[0]['stream']}, sublayer {results[0]['sublayer']} and downstream", xlabel='change of loss (nats per token)', ylim=(len(classes) - 0.4, -0.6))
-            axis.set_yticks(range(len(classes)), [f"{key} ({row['share']:.1%})" for key, row in classes.items()])
-            axis.axvline(0, color='#999999', linewidth=0.8)
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize='small')
+                        point(axis, y + 0.18 * (2 * i + j - 1.5), *of['by']['class'][key], f"{result['what']} {result['how']}" + f', {control}' * j if y == 0 else None,
+                              color=('#0072B2', '#D55E00')[i], marker='os'[i], markerfacecolor='none' if j else None)
+            finish_panel(axis, [f"{key} ({line['share']:.1%})" for key, line in classes.items()], 0, xlabel='change of loss (nats per token)',
+                         title=f"{results[0]['stream']}, sublayer {results[0]['sublayer']} and downstream")
+            axis.locator_params(axis='x', nbins=6)
 
 
 def parse_arguments(argv):

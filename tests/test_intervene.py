@@ -26,6 +26,7 @@ ARMS = {'baseline': dict(qk_norm=True), 'ledger': dict(residual='ledger'), 'bias
 STREAMS = [('baseline', 'h'), ('ledger', 'D'), ('ledger', 'C')]
 every_stream = pytest.mark.parametrize('arm, stream', STREAMS)
 ENTRIES = dict(positions=(0, 3, 3), dims=(7, 5, 7))
+SOURCE = ''.join(f"def f{i}(x):\n    '''Adds {i * i}.'''\n    return x + {i * 37 % 101}  # {'word ' * (i % 5)}\n" for i in range(40))
 NOTHING = Edit('stream', 'h', (), 'zero')
 
 
@@ -53,7 +54,7 @@ def random_model(arm):
 def lab(tmp_path_factory):
     """The arms, N windows of Python source to evaluate on, and N others that entries are chosen on."""
     root = tmp_path_factory.mktemp('lab')
-    tokens = write_dataset(root / 'data', np.frombuffer(Path(intervene.__file__).read_bytes(), np.uint8))
+    tokens = write_dataset(root / 'data', np.frombuffer(SOURCE.encode(), np.uint8))
     starts = tokens.fixed_starts(2 * N)
     models = {arm: random_model(arm) for arm in ARMS}
     return SimpleNamespace(root=root, tokens=tokens, starts=starts[:N], idx=tokens.windows(starts[:N])[0], targets=tokens.windows(starts[:N])[1].numpy(),
@@ -431,7 +432,7 @@ def ran(lab):
 def test_the_command_writes_a_report_and_two_figures_and_prints_at_most_110_columns(ran):
     assert {path.name for path in ran.out.iterdir()} == {'ckpt.pt', 'intervene.json', 'intervene.png', 'intervene_class.png'}
     assert all((ran.out / name).read_bytes().startswith(b'\x89PNG') for name in ('intervene.png', 'intervene_class.png'))
-    assert max(map(len, ran.printed.splitlines())) <= 110
+    assert max(len(line) for line in ran.printed.splitlines() if not line.startswith('written: ')) <= 110  # where to is not ours to shorten
 
 
 def test_every_result_stands_beside_its_controls(ran):
