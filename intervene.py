@@ -21,7 +21,7 @@ What is worth knowing before reading on:
 intervene.json: {schema, checkpoint, iter_num, model, data, evaluations, perplexity, loss: {value, low, high},
  sweep: [result], results: [result], before: {breakdown: {label: {share, loss}}},
  attention: {edit: {stream, what, …, sink: mean probability of position 0, by_layer, control: the same}, constancy: {position: {…}}},
- samples: [{prompt, unedited, edits: [{stream, what, …, text, control}]}]}
+ samples: [{prompt, unedited, edits: [{stream, what, …, text, control}]}]; the control of these two is `moved`}
  result: {stream, sublayer, where, what, how, reach, entries: [[position or null, dimension]], standout, edit: outcome, controls: {name: outcome}}
  outcome: {loss, perplexity, ratio, edited, later: {value, low, high} or null,
            by: {breakdown: {label: [change of loss, low, high]}}}; breakdowns: class, position and since_line of the predicted token, carrier (class of
@@ -342,6 +342,11 @@ def shown(results):
     return [r for r in results if r['where'] == 'stream' and r['reach'] == 'downstream' and r['how'] == results[0]['how'] and r['what'] != 'top']
 
 
+def pair(outcomes):
+    """Of an edit and its controls, by name: the edit, and the control that every edit has, whose change is as large and at the same tokens."""
+    return outcomes['edit'], outcomes['moved']
+
+
 def names(result):
     return {key: result[key] for key in ('stream', 'sublayer', 'where', 'what', 'how', 'reach')}
 
@@ -353,7 +358,7 @@ def sinks_and_constants(model, tokens, starts, batch_size, reference, few):
         return {'sink': number(heads.mean()), 'by_layer': [number(v) for v in heads.mean(1)]}, added
 
     unedited, added = look(NOTHING, (0, 1, reference.T // 2))
-    edits = [{**names(result), **look(edit)[0], 'control': look(control)[0]} for result in few for edit, control in [list(result['group'].values())[:2]]]
+    edits = [{**names(result), **look(edit)[0], 'control': look(control)[0]} for result in few for edit, control in [pair(result['group'])]]
     with np.errstate(invalid='ignore'):  # where nothing is added
         constancy = {t: {'constancy': number(mean.sum() / norms.sum()), 'norm': number(norms.mean()),
                          'by_layer': [number(v) for v in mean.sum(1) / norms.sum(1)]} for t, (mean, norms) in added.items()}
@@ -366,7 +371,7 @@ def continuations(model, prompts, seed, reference, few, coder):
         return [coder.decode(ids) for ids in sample(model, prompts, NEW_TOKENS, seed, reference, edit).tolist()]
 
     unedited = texts(NOTHING)
-    edits = [(names(result), *(texts(edit) for edit in list(result['group'].values())[:2])) for result in few]
+    edits = [(names(result), *map(texts, pair(result['group']))) for result in few]
     return [{'prompt': coder.decode(prompt), 'unedited': unedited[i], 'edits': [{**name, 'text': text[i], 'control': control[i]} for name, text, control in edits]}
             for i, prompt in enumerate(prompts.tolist())]
 
@@ -464,25 +469,25 @@ def print_report(name, report):
 
 
 def print_details(report, figured):
-    """Losses by class of the predicted token and the rest, the sinks and the continuations, each beside the first control."""
+    """Losses by class of the predicted token and the rest, the sinks and the continuations, each beside the same change in other dimensions."""
     for results in map(shown, figured.values()):
-        heads = [f"{r['stream']} {r['what']} {r['how']} ({next(iter(r['controls']))})" for r in results]
+        heads = [f"{r['stream']} {r['what']} {r['how']} (moved)" for r in results]
         print(f"\n{'change of loss, downstream':28}{'share':>6} {'before':>7}" + ''.join(f'{head:>32}' for head in heads))
         carriers = {of: {'share': math.nan, 'loss': math.nan} for r in results for of in r['edit']['by'].get('carrier', ())}
         for breakdown, rows in {**report['before'], 'carrier': carriers}.items():
             for of, line in rows.items():
-                pairs = [[by.get(breakdown, {}).get(of, [math.nan])[0] for by in (r['edit']['by'], next(iter(r['controls'].values()))['by'])] for r in results]
+                pairs = [[by.get(breakdown, {}).get(of, [math.nan])[0] for by in (r['edit']['by'], r['controls']['moved']['by'])] for r in results]
                 cells = f"{line['share']:6.1%} {line['loss']:7.3f}" + ''.join(f'{edit:+.4f} ({control:+.4f})'.rjust(32) for edit, control in pairs)
                 print(f"{f'{breakdown} {of}':28}" + re.sub('[+]?nan%?', lambda nan: '–'.rjust(len(nan[0])), cells))
     heads = report['attention']
     print(f"\nattention to position 0, unedited: {heads['unedited']['sink']:.4f}")
     for edit in heads['edits']:
-        print(f"  {edit['stream']} {edit['what']} {edit['how']}: {edit['sink']:.4f} (control {edit['control']['sink']:.4f})")
+        print(f"  {edit['stream']} {edit['what']} {edit['how']}: {edit['sink']:.4f} (moved {edit['control']['sink']:.4f})")
     print('a constant over inputs (1) or not (0) is what later outputs get from position ' + ', '.join(f"{t}: {short(c['constancy'], 3)}" for t, c in heads['constancy'].items()))
     for text in report['samples']:
         print(f"\n{text['prompt'][-60:]!r:.80} …\n  {'unedited':24}{text['unedited']!r:.80}")
         for edit in text['edits']:
-            print(f"  {edit['stream'] + ' ' + edit['what'] + ' ' + edit['how']:24}{edit['text']!r:.80}\n  {'  control':24}{edit['control']!r:.80}")
+            print(f"  {edit['stream'] + ' ' + edit['what'] + ' ' + edit['how']:24}{edit['text']!r:.80}\n  {'  moved':24}{edit['control']!r:.80}")
 
 
 def point(axis, y, value, low, high, label, **style):
@@ -520,15 +525,14 @@ def draw_ratios(name, figured, path):
 
 
 def draw_classes(name, before, figured, path):
-    """What the shown interventions and their first controls do to the loss of every class of predicted tokens."""
+    """What the shown interventions, and the same changes in other dimensions, do to the loss of every class of predicted tokens."""
     classes = before['class']
     with figure(path, f'{name}: change of loss by class of the predicted token, bars: 95% intervals', 1, len(figured), (5.6, 1.6 + 0.4 * len(classes))) as axes:
         for axis, results in zip(axes, map(shown, figured.values())):
             for i, result in enumerate(results):
-                control = next(iter(result['controls']))
-                for j, of in enumerate((result['edit'], result['controls'][control])):
+                for j, of in enumerate(pair({**result['controls'], 'edit': result['edit']})):
                     for y, key in enumerate(classes):
-                        point(axis, y + 0.18 * (2 * i + j - 1.5), *of['by']['class'][key], f"{result['what']} {result['how']}" + f', {control}' * j if y == 0 else None,
+                        point(axis, y + 0.18 * (2 * i + j - 1.5), *of['by']['class'][key], f"{result['what']} {result['how']}" + ', moved' * j if y == 0 else None,
                               color=('#0072B2', '#D55E00')[i], marker='os'[i], markerfacecolor='none' if j else None)
             finish_panel(axis, [f"{key} ({line['share']:.1%})" for key, line in classes.items()], 0, xlabel='change of loss (nats per token)',
                          title=f"{results[0]['stream']}, sublayer {results[0]['sublayer']} and downstream")

@@ -424,15 +424,23 @@ def command(*flags):
 @pytest.fixture(scope='module')
 def ran(lab):
     """The whole command on a ledger."""
-    path = save(lab.models['ledger'], lab.root, lab.root / 'data', 'run')
-    printed = command('--ckpt', path.parent, '--sequences=6', '--top=2')
-    return SimpleNamespace(out=path.parent, printed=printed, report=json.loads((path.parent / 'intervene.json').read_text(), parse_constant=lambda name: pytest.fail(f'{name} is not JSON')))
+    path, used = save(lab.models['ledger'], lab.root, lab.root / 'data', 'run'), {}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ('Reference', 'evaluate'):
+            patch.setattr(intervene, name, lambda model, tokens, starts, *rest, name=name, true=getattr(intervene, name):
+                          used.setdefault(name, set(starts.tolist())) and true(model, tokens, starts, *rest))
+        printed = command('--ckpt', path.parent, '--sequences=6', '--top=2')
+    return SimpleNamespace(out=path.parent, printed=printed, used=used, report=json.loads((path.parent / 'intervene.json').read_text(), parse_constant=lambda name: pytest.fail(f'{name} is not JSON')))
 
 
 def test_the_command_writes_a_report_and_two_figures_and_prints_at_most_110_columns(ran):
     assert {path.name for path in ran.out.iterdir()} == {'ckpt.pt', 'intervene.json', 'intervene.png', 'intervene_class.png'}
     assert all((ran.out / name).read_bytes().startswith(b'\x89PNG') for name in ('intervene.png', 'intervene_class.png'))
     assert max(len(line) for line in ran.printed.splitlines() if not line.startswith('written: ')) <= 110  # where to is not ours to shorten
+
+
+def test_entries_are_not_chosen_on_the_windows_that_are_evaluated(ran):
+    assert len(ran.used['Reference']) == len(ran.used['evaluate']) == 6 and not ran.used['Reference'] & ran.used['evaluate']
 
 
 def test_every_result_stands_beside_its_controls(ran):
