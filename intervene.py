@@ -83,8 +83,8 @@ class Reference:
     def __init__(self, model, tokens, starts, batch_size, seed):
         self.seed, self.T, self.d, self.S = seed, tokens.block_size, model.config.n_embd, len(model.sublayers)
         device = model.head.weight.device
-        self.mean, self.magnitude, self.limit = ({stream: torch.zeros(self.S + 1, *shape, device=device) for stream in RESIDUALS[model.config.residual].streams}
-                                                 for shape in ((self.T, self.d), (self.T, self.d), (len(QUANTILES),)))
+        streams, shapes = RESIDUALS[model.config.residual].streams, ((self.T, self.d), (self.T, self.d), (len(QUANTILES),))
+        self.mean, self.magnitude, self.limit = ({stream: torch.zeros(self.S + 1, *shape, device=device) for stream in streams} for shape in shapes)
         ranks = [math.ceil(q * self.T * self.d) - 1 for q in QUANTILES]
         for i in range(0, len(starts), batch_size):
             for level, streams in enumerate(states(model, tokens.windows(starts[i:i + batch_size])[0].to(device))[0]):
@@ -123,7 +123,8 @@ class Reference:
         return positions, self.other_dims(edit.dims, n)[:len(edit.dims)].tolist()
 
     def aim(self, edit, sequences):
-        """Returns the mask of the entries that an edit replaces in these sequences, (B, T, d) bool, and for `moved`, (B, d), from which dimension each takes its change."""
+        """Returns the mask of the entries that an edit replaces in these sequences, (B, T, d) bool, and for `moved`, (B, d): the dimension whose
+        change each takes."""
         mask = torch.zeros(len(sequences), self.T, self.d, dtype=torch.bool)
         for row, n in zip(mask, sequences):
             positions, dims = map(list, self.entries(edit, n)) if edit.positions is not None else (slice(None), list(self.entries(edit, n)[1]))
@@ -269,7 +270,8 @@ def outcome(before, after, positions, weights, labels):
     def of(chosen):
         return span(weights, (change * chosen).sum(1), chosen.sum(1))
     loss = after.mean(dtype=np.float64)
-    return {'loss': number(loss), 'perplexity': number(np.exp(loss)), 'ratio': rounded(np.exp(of(np.ones((N, T))))), 'edited': rounded(of(at)), 'later': rounded(of(later)),
+    return {'loss': number(loss), 'perplexity': number(np.exp(loss)), 'ratio': rounded(np.exp(of(np.ones((N, T))))),
+            'edited': rounded(of(at)), 'later': rounded(of(later)),
             'by': {name: {names[i]: list(rounded(of(places == i)).values()) for i in np.unique(places)} for name, (places, names) in labels.items()}}
 
 
@@ -372,8 +374,8 @@ def continuations(model, prompts, seed, reference, few, coder):
 
     unedited = texts(NOTHING)
     edits = [(names(result), *map(texts, pair(result['group']))) for result in few]
-    return [{'prompt': coder.decode(prompt), 'unedited': unedited[i], 'edits': [{**name, 'text': text[i], 'control': control[i]} for name, text, control in edits]}
-            for i, prompt in enumerate(prompts.tolist())]
+    return [{'prompt': coder.decode(prompt), 'unedited': unedited[i],
+             'edits': [{**name, 'text': text[i], 'control': control[i]} for name, text, control in edits]} for i, prompt in enumerate(prompts.tolist())]
 
 
 def intervene(checkpoint, path, tokens, meta, args):
@@ -399,9 +401,11 @@ def intervene(checkpoint, path, tokens, meta, args):
         return len(edits), *evaluate(model, tokens, starts[:count], edits, reference, batch_size, lambda share: progress(
             f'{path}: {what}, {len(edits)} edits of {count} sequences, {share:.0%}' * (share < 1)))
 
-    peak = {stream: max(range(S - 1), key=lambda s: reference.standout(stream, s + 1)) for stream in streams}  # after the last, an edit changes its own predictions only
+    # the last sublayer is no candidate: after it, an edit changes the predictions at its own positions only
+    peak = {stream: max(range(S - 1), key=lambda s: reference.standout(stream, s + 1)) for stream in streams}
     chosen = {stream: [peak[stream]] if args.sublayer == 'auto' else range(S) if args.sublayer == 'all' else [int(args.sublayer)] for stream in streams}
-    results = {(stream, s): plan(reference, stream, s, HOWS[args.how], args.top, stream == operator.decoded and not model.config.decode_gamma, len(streams) == 1)
+    decoded, alone = None if model.config.decode_gamma else operator.decoded, len(operator.streams) == 1
+    results = {(stream, s): plan(reference, stream, s, HOWS[args.how], args.top, stream == decoded, alone)
                for stream in streams for s in chosen[stream]}
     figured = {stream: results[stream, peak[stream] if peak[stream] in chosen[stream] else chosen[stream][0]] for stream in streams}
     few = [result for group in figured.values() for result in shown(group)]
@@ -420,8 +424,8 @@ def intervene(checkpoint, path, tokens, meta, args):
         finish(sweep, unedited, losses, reference, weights[:, :len(unedited)], {}, None)
     loss = span(weights, before.sum(1, dtype=np.float64), np.full(N, reference.T))
     report = {'schema': 1, 'checkpoint': str(path), 'iter_num': checkpoint['iter_num'], 'model': {**checkpoint['model_args'], 'parameters': model.num_params()},
-              'data': {'name': tokens.path.parent.name, 'split': 'val', 'sequences': N, 'calibration': len(starts) - N, 'block_size': tokens.block_size, 'seed': args.seed,
-                       'sweep_sequences': max(2, N // 4)},
+              'data': {'name': tokens.path.parent.name, 'split': 'val', 'sequences': N, 'calibration': len(starts) - N, 'sweep_sequences': max(2, N // 4),
+                       'block_size': tokens.block_size, 'seed': args.seed},
               'evaluations': evaluations, 'loss': rounded(loss), 'perplexity': number(np.exp(loss[0])), 'sweep': sweep, 'results': results,
               'before': {name: {of[i]: {'share': number((places == i).mean()), 'loss': number(before[places == i].mean(dtype=np.float64))} for i in np.unique(places)}
                          for name, (places, of) in labels.items()},
@@ -483,7 +487,8 @@ def print_details(report, figured):
     print(f"\nattention to position 0, unedited: {heads['unedited']['sink']:.4f}")
     for edit in heads['edits']:
         print(f"  {edit['stream']} {edit['what']} {edit['how']}: {edit['sink']:.4f} (moved {edit['control']['sink']:.4f})")
-    print('a constant over inputs (1) or not (0) is what later outputs get from position ' + ', '.join(f"{t}: {short(c['constancy'], 3)}" for t, c in heads['constancy'].items()))
+    print('a constant over inputs (1) or not (0) is what later outputs get from position '
+          + ', '.join(f"{t}: {short(c['constancy'], 3)}" for t, c in heads['constancy'].items()))
     for text in report['samples']:
         print(f"\n{text['prompt'][-60:]!r:.80} …\n  {'unedited':24}{text['unedited']!r:.80}")
         for edit in text['edits']:
@@ -532,8 +537,9 @@ def draw_classes(name, before, figured, path):
             for i, result in enumerate(results):
                 for j, of in enumerate(pair({**result['controls'], 'edit': result['edit']})):
                     for y, key in enumerate(classes):
-                        point(axis, y + 0.18 * (2 * i + j - 1.5), *of['by']['class'][key], f"{result['what']} {result['how']}" + ', moved' * j if y == 0 else None,
-                              color=('#0072B2', '#D55E00')[i], marker='os'[i], markerfacecolor='none' if j else None)
+                        label = f"{result['what']} {result['how']}" + ', moved' * j if y == 0 else None
+                        point(axis, y + 0.18 * (2 * i + j - 1.5), *of['by']['class'][key], label, color=('#0072B2', '#D55E00')[i], marker='os'[i],
+                              markerfacecolor='none' if j else None)
             finish_panel(axis, [f"{key} ({line['share']:.1%})" for key, line in classes.items()], 0, xlabel='change of loss (nats per token)',
                          title=f"{results[0]['stream']}, sublayer {results[0]['sublayer']} and downstream")
             axis.locator_params(axis='x', nbins=6)

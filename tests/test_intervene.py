@@ -468,12 +468,14 @@ def test_the_breakdowns_add_up_to_the_whole(ran):
 
 
 def test_two_runs_of_the_command_say_the_same(ran, tmp_path):
-    flags = ('--ckpt', ran.out, '--sequences=4', '--top=1', '--stream=C', '--sublayer=2', '--how=clip')
+    flags = ('--ckpt', ran.out, '--sequences=4', '--top=1', '--stream=C', '--sublayer=2', '--how=zero')
     reports = []
     for name in 'ab':
         command(*flags, f'--out={tmp_path / name}')
         reports.append((tmp_path / name / 'run/intervene.json').read_bytes())
-    assert reports[0] == reports[1] and {r['sublayer'] for r in json.loads(reports[0])['results']} == {2}
+    results = json.loads(reports[0])['results']
+    assert reports[0] == reports[1] and {(r['stream'], r['sublayer']) for r in results} == {('C', 2)}
+    assert ('reads', 'all') in {(r['where'], r['what']) for r in results}, 'the read coupling is there when C is looked at alone'
 
 
 @pytest.mark.parametrize('flags, sentence', [
