@@ -511,7 +511,7 @@ def finish_panel(axis, lines, unchanged, **settings):
 def draw_ratios(name, figured, path):
     """Every intervention of a stream in a line, with its controls and 95% intervals."""
     height = 1.3 + 0.2 * max(map(len, figured.values()))
-    with figure(path, f'{name}: perplexity after ÷ before, bars: 95% intervals over sequences', 1, len(figured), (6.2, height)) as axes:
+    with figure(path, f'{name}: perplexity after ÷ before\nbars: 95% intervals over sequences', 1, len(figured), (6.2, height)) as axes:
         from matplotlib.ticker import MaxNLocator
         for axis, (stream, results) in zip(axes, figured.items()):
             seen = set()
@@ -532,7 +532,7 @@ def draw_ratios(name, figured, path):
 def draw_classes(name, before, figured, path):
     """What the shown interventions, and the same changes in other dimensions, do to the loss of every class of predicted tokens."""
     classes = before['class']
-    with figure(path, f'{name}: change of loss by class of the predicted token, bars: 95% intervals', 1, len(figured), (5.6, 1.6 + 0.4 * len(classes))) as axes:
+    with figure(path, f'{name}: change of loss by class of the predicted token\nbars: 95% intervals over sequences', 1, len(figured), (5.6, 1.6 + 0.4 * len(classes))) as axes:
         for axis, results in zip(axes, map(shown, figured.values())):
             for i, result in enumerate(results):
                 for j, of in enumerate(pair({**result['controls'], 'edit': result['edit']})):
