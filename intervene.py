@@ -13,8 +13,8 @@ What is worth knowing before reading on:
 - how: `zero`; `mean`, over sequences, of that entry at that sublayer; `clip q`, all magnitudes limited to their q-quantile there. Sun et al. 2024, §4;
 - every result has its controls, run on the same sequences: `random`, as many other dimensions at other positions, drawn anew for each sequence;
   `median`, as many start-token entries (or dimensions) of median magnitude; `other`, the same dimensions half a window away; and `moved`,
-  the very change made in other dimensions of the same token: as large in norm, so that size alone cannot explain a difference. What changes
-  a whole stream has `moved` alone: it changes as many entries by as much;
+  the very change made in other dimensions of the same token: as large in norm, downstream too, so that size alone cannot explain a difference.
+  What changes a whole stream has `moved` alone: it changes as many entries by as much;
 - a ratio is exp(mean loss after − before), with 95% intervals from a bootstrap over sequences, pairs kept. Changes of loss, in nats, are given apart
   for the predictions at edited positions and at later ones that are not; those before an edit cannot change.
 
@@ -137,23 +137,29 @@ class Reference:
         np.put_along_axis(source, np.roll(order, -max(1, len(few)), 1), order, 1)
         return mask, torch.from_numpy(source)
 
-    def change(self, edit, level, x, mask, source):
+    def change(self, edit, level, x, mask):
         """x: (B, T or fewer, d), the edit's stream at that level. Returns what the edit makes of it."""
         if edit.how == 'clip':
             limit = self.limit[edit.stream][level, QUANTILES.index(edit.quantile)]
-            changed = x.clamp(-limit, limit)
-        else:
-            changed = torch.where(mask[:, :x.shape[1]], self.mean[edit.stream][level, :x.shape[1]] if edit.how == 'mean' else x.new_zeros(()), x)
-        return changed if source is None else x + (changed - x).gather(-1, source[:, None].expand(x.shape))
+            return x.clamp(-limit, limit)
+        T = x.shape[1]
+        return torch.where(mask[:, :T], self.mean[edit.stream][level, :T] if edit.how == 'mean' else x.new_zeros(()), x)
 
 
 @contextmanager
 def edited(model, edit, reference, sequences):
     """While it lasts, the uncompiled model makes the edit. sequences: the numbers of those it is about to see."""
-    aimed = [aim if aim is None else aim.to(model.head.weight.device) for aim in reference.aim(edit, sequences)]
+    mask, source = (aim if aim is None else aim.to(model.head.weight.device) for aim in reference.aim(edit, sequences))
+    carried = 0  # what `moved` has added to the stream so far: downstream, each level is to differ by its own change, not by the sum of them all
 
     def change(level, x):
-        return reference.change(edit, level, x, *aimed)
+        nonlocal carried
+        if source is None:
+            return reference.change(edit, level, x, mask)
+        if edit.where == 'stream' and level != edit.levels[0]:
+            x = x - carried
+        carried = (reference.change(edit, level, x, mask) - x).gather(-1, source[:, None].expand(x.shape))
+        return x + carried
 
     def changed(level, streams):
         return {**streams, edit.stream: change(level, streams[edit.stream])}

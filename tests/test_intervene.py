@@ -50,6 +50,15 @@ def random_model(arm):
     return model
 
 
+@pytest.fixture(scope='module', autouse=True)
+def one_thread():
+    """Tensors this small are five times slower on two threads, where other work has the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope='module')
 def lab(tmp_path_factory):
     """The arms, N windows of Python source to evaluate on, and N others that entries are chosen on."""
@@ -277,6 +286,23 @@ def test_a_moved_change_is_as_large_in_every_token_but_in_other_dimensions(lab, 
     assert np.abs(change).sum() > 1 and (moved[change != 0] == change[change != 0]).mean() < 0.1
     if edit.dims:
         assert not moved[..., list(set(edit.dims))].any()
+
+
+@pytest.mark.parametrize('entries', [dict(dims=(5, 7)), dict(quantile=0.9)], ids=['dimensions', 'clip'])
+@torch.no_grad()
+def test_moved_again_downstream_a_change_does_not_add_up(lab, entries):
+    model = random_model('baseline')
+    for sublayer in model.sublayers:  # nothing is written: the stream is the same at every level
+        for parameter in sublayer.function.proj.parameters():
+            parameter.zero_()
+    reference = Reference(model, lab.tokens, lab.starts, 4, 0)
+    once, downstream = (Edit('stream', 'h', levels, 'clip' if 'quantile' in entries else 'zero', control='moved', **entries) for levels in ((1,), (1, 2, 3, 4)))
+    with edited(model, once, reference, range(N)):
+        expected = states(model, lab.idx)[0][S]['h']
+    assert not torch.allclose(expected, states(model, lab.idx)[0][S]['h'])
+    with edited(model, downstream, reference, range(N)):
+        for _ in range(2):  # the second pass remembers nothing of the first
+            torch.testing.assert_close(states(model, lab.idx)[0][S]['h'], expected, rtol=0, atol=1e-5)
 
 
 def test_the_other_controls_are_median_dimensions_at_the_start_and_the_same_dimensions_half_a_window_away(lab):
