@@ -297,7 +297,7 @@ def finish(results, unedited, losses, reference, weights, labels, kinds):
 
 def label(tokens, starts, meta):
     """Returns {breakdown: ((N, T) places, names)} of the predicted tokens, and the classes of the inputs, (N, T)."""
-    coder, language = encoding(meta['tokenizer']), language_of({'name': tokens.path.parent.name, 'source': meta.get('source', '')})
+    coder, language = encoding(meta['tokenizer']), language_of(meta if 'source' in meta else tokens.path.parent.name)
     windows = [np.append(idx, targets[-1:]) for idx, targets in zip(*(t.numpy() for t in tokens.windows(starts)))]
     kinds = np.stack([classify(ids, coder, language) for ids in windows])
     since = np.stack([structure(ids, coder, language)['since_line'] for ids in windows])
