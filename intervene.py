@@ -425,7 +425,7 @@ def intervene(checkpoint, path, tokens, meta, args):
     if args.sublayer == 'auto':
         sweep = [result for stream in streams for s in range(S) for result in plan(reference, stream, s, ('zero',), args.top, False, True)
                  if (result['what'], result['reach']) == ('top', 'once')]
-        count, unedited, losses = losses_of(sweep, max(2, N // 4), 'every sublayer')
+        count, unedited, losses = losses_of(sweep, max(2, N // 2), 'every sublayer')
         evaluations += count
         finish(sweep, unedited, losses, reference, weights[:, :len(unedited)], {}, None)
     loss = span(weights, before.sum(1, dtype=np.float64), np.full(N, reference.T))
@@ -558,7 +558,7 @@ def parse_arguments(argv):
     parser.add_argument('--sublayer', default='auto', help='a number; all; or auto, a sweep over all and the one where the outlier stands out most (default)')
     parser.add_argument('--top', type=int, default=4, help='how many entries to change (default 4)')
     parser.add_argument('--how', choices=HOWS, default='all')
-    parser.add_argument('--sequences', type=int, default=48, help='windows to evaluate on (default 48)')
+    parser.add_argument('--sequences', type=int, default=32, help='windows to evaluate on (default 32)')
     parser.add_argument('--data', help="dataset to evaluate on, a name below data/ or a path (default: the run's own)")
     parser.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
     parser.add_argument('--out', type=Path, help="folder for intervene.json and figures (default: the run's own)")
