@@ -13,15 +13,15 @@ What is worth knowing before reading on:
 - how: `zero`; `mean`, over sequences, of that entry at that sublayer; `clip q`, all magnitudes limited to their q-quantile there. Sun et al. 2024, §4;
 - every result has its controls, run on the same sequences: `random`, as many other dimensions at other positions, drawn anew for each sequence;
   `median`, as many start-token entries (or dimensions) of median magnitude; `other`, the same dimensions half a window away; and `moved`,
-  the very change made in other dimensions of the same token: as large in norm, so that size alone cannot explain a difference. What changes
-  a whole stream has `moved` alone: it changes as many entries by as much;
+  the very change made in other dimensions of the same token: as large in norm, downstream too, so that size alone cannot explain a difference.
+  What changes a whole stream has `moved` alone: it changes as many entries by as much;
 - a ratio is exp(mean loss after − before), with 95% intervals from a bootstrap over sequences, pairs kept. Changes of loss, in nats, are given apart
   for the predictions at edited positions and at later ones that are not; those before an edit cannot change.
 
 intervene.json: {schema, checkpoint, iter_num, model, data, evaluations, perplexity, loss: {value, low, high},
  sweep: [result], results: [result], before: {breakdown: {label: {share, loss}}},
  attention: {edit: {stream, what, …, sink: mean probability of position 0, by_layer, control: the same}, constancy: {position: {…}}},
- samples: [{prompt, unedited, edits: [{stream, what, …, text, control}]}]}
+ samples: [{prompt, unedited, edits: [{stream, what, …, text, control}]}]; the control of these two is `moved`}
  result: {stream, sublayer, where, what, how, reach, entries: [[position or null, dimension]], standout, edit: outcome, controls: {name: outcome}}
  outcome: {loss, perplexity, ratio, edited, later: {value, low, high} or null,
            by: {breakdown: {label: [change of loss, low, high]}}}; breakdowns: class, position and since_line of the predicted token, carrier (class of
@@ -33,6 +33,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -72,6 +73,9 @@ class Edit:
     control: str = ''          # random: other entries instead; moved: the same change in other dimensions
 
 
+NOTHING = Edit('stream', '', (), 'zero')
+
+
 class Reference:
     """The unedited streams on windows of their own, (S + 1, T, d) over levels, positions and dimensions: what edits aim at and what they put in."""
 
@@ -79,8 +83,8 @@ class Reference:
     def __init__(self, model, tokens, starts, batch_size, seed):
         self.seed, self.T, self.d, self.S = seed, tokens.block_size, model.config.n_embd, len(model.sublayers)
         device = model.head.weight.device
-        self.mean, self.magnitude, self.limit = ({stream: torch.zeros(self.S + 1, *shape, device=device) for stream in RESIDUALS[model.config.residual].streams}
-                                                 for shape in ((self.T, self.d), (self.T, self.d), (len(QUANTILES),)))
+        streams, shapes = RESIDUALS[model.config.residual].streams, ((self.T, self.d), (self.T, self.d), (len(QUANTILES),))
+        self.mean, self.magnitude, self.limit = ({stream: torch.zeros(self.S + 1, *shape, device=device) for stream in streams} for shape in shapes)
         ranks = [math.ceil(q * self.T * self.d) - 1 for q in QUANTILES]
         for i in range(0, len(starts), batch_size):
             for level, streams in enumerate(states(model, tokens.windows(starts[i:i + batch_size])[0].to(device))[0]):
@@ -119,7 +123,8 @@ class Reference:
         return positions, self.other_dims(edit.dims, n)[:len(edit.dims)].tolist()
 
     def aim(self, edit, sequences):
-        """Returns the mask of the entries that an edit replaces in these sequences, (B, T, d) bool, and for `moved`, (B, d), from which dimension each takes its change."""
+        """Returns the mask of the entries that an edit replaces in these sequences, (B, T, d) bool, and for `moved`, (B, d): the dimension whose
+        change each takes."""
         mask = torch.zeros(len(sequences), self.T, self.d, dtype=torch.bool)
         for row, n in zip(mask, sequences):
             positions, dims = map(list, self.entries(edit, n)) if edit.positions is not None else (slice(None), list(self.entries(edit, n)[1]))
@@ -132,23 +137,29 @@ class Reference:
         np.put_along_axis(source, np.roll(order, -max(1, len(few)), 1), order, 1)
         return mask, torch.from_numpy(source)
 
-    def change(self, edit, level, x, mask, source):
+    def change(self, edit, level, x, mask):
         """x: (B, T or fewer, d), the edit's stream at that level. Returns what the edit makes of it."""
         if edit.how == 'clip':
             limit = self.limit[edit.stream][level, QUANTILES.index(edit.quantile)]
-            changed = x.clamp(-limit, limit)
-        else:
-            changed = torch.where(mask[:, :x.shape[1]], self.mean[edit.stream][level, :x.shape[1]] if edit.how == 'mean' else x.new_zeros(()), x)
-        return changed if source is None else x + (changed - x).gather(-1, source[:, None].expand(x.shape))
+            return x.clamp(-limit, limit)
+        T = x.shape[1]
+        return torch.where(mask[:, :T], self.mean[edit.stream][level, :T] if edit.how == 'mean' else x.new_zeros(()), x)
 
 
 @contextmanager
 def edited(model, edit, reference, sequences):
     """While it lasts, the uncompiled model makes the edit. sequences: the numbers of those it is about to see."""
-    aimed = [aim if aim is None else aim.to(model.head.weight.device) for aim in reference.aim(edit, sequences)]
+    mask, source = (aim if aim is None else aim.to(model.head.weight.device) for aim in reference.aim(edit, sequences))
+    carried = 0  # what `moved` has added to the stream so far: downstream, each level is to differ by its own change, not by the sum of them all
 
     def change(level, x):
-        return reference.change(edit, level, x, *aimed)
+        nonlocal carried
+        if source is None:
+            return reference.change(edit, level, x, mask)
+        if edit.where == 'stream' and level != edit.levels[0]:
+            x = x - carried
+        carried = (reference.change(edit, level, x, mask) - x).gather(-1, source[:, None].expand(x.shape))
+        return x + carried
 
     def changed(level, streams):
         return {**streams, edit.stream: change(level, streams[edit.stream])}
@@ -265,7 +276,8 @@ def outcome(before, after, positions, weights, labels):
     def of(chosen):
         return span(weights, (change * chosen).sum(1), chosen.sum(1))
     loss = after.mean(dtype=np.float64)
-    return {'loss': number(loss), 'perplexity': number(np.exp(loss)), 'ratio': rounded(np.exp(of(np.ones((N, T))))), 'edited': rounded(of(at)), 'later': rounded(of(later)),
+    return {'loss': number(loss), 'perplexity': number(np.exp(loss)), 'ratio': rounded(np.exp(of(np.ones((N, T))))),
+            'edited': rounded(of(at)), 'later': rounded(of(later)),
             'by': {name: {names[i]: list(rounded(of(places == i)).values()) for i in np.unique(places)} for name, (places, names) in labels.items()}}
 
 
@@ -285,7 +297,7 @@ def finish(results, unedited, losses, reference, weights, labels, kinds):
 
 def label(tokens, starts, meta):
     """Returns {breakdown: ((N, T) places, names)} of the predicted tokens, and the classes of the inputs, (N, T)."""
-    coder, language = encoding(meta['tokenizer']), language_of({'name': tokens.path.parent.name, 'source': meta.get('source', '')})
+    coder, language = encoding(meta['tokenizer']), language_of(meta if 'source' in meta else tokens.path.parent.name)
     windows = [np.append(idx, targets[-1:]) for idx, targets in zip(*(t.numpy() for t in tokens.windows(starts)))]
     kinds = np.stack([classify(ids, coder, language) for ids in windows])
     since = np.stack([structure(ids, coder, language)['since_line'] for ids in windows])
@@ -338,22 +350,27 @@ def shown(results):
     return [r for r in results if r['where'] == 'stream' and r['reach'] == 'downstream' and r['how'] == results[0]['how'] and r['what'] != 'top']
 
 
+def pair(outcomes):
+    """Of an edit and its controls, by name: the edit, and the control that every edit has, whose change is as large and at the same tokens."""
+    return outcomes['edit'], outcomes['moved']
+
+
 def names(result):
     return {key: result[key] for key in ('stream', 'sublayer', 'where', 'what', 'how', 'reach')}
 
 
 def sinks_and_constants(model, tokens, starts, batch_size, reference, few):
     """Returns the `attention` of intervene.json. few: results with their groups of edits."""
-    def sink(edit):
-        heads = attention(model, tokens, starts, batch_size, reference, edit)[0]
-        return {'sink': number(heads.mean()), 'by_layer': [number(v) for v in heads.mean(1)]}
+    def look(edit, positions=()):
+        heads, added = attention(model, tokens, starts, batch_size, reference, edit, positions)
+        return {'sink': number(heads.mean()), 'by_layer': [number(v) for v in heads.mean(1)]}, added
 
-    nothing = Edit('stream', '', (), 'zero')
-    pairs = [list(result['group'].values())[:2] for result in few]
-    _, constant = attention(model, tokens, starts, batch_size, reference, nothing, (0, 1, reference.T // 2))
-    return {'sequences': len(starts), 'unedited': sink(nothing),
-            'edits': [{**names(result), **sink(edit), 'control': sink(control)} for result, (edit, control) in zip(few, pairs)], 'constancy': {t: {'constancy': number(mean.sum() / norms.sum()), 'norm': number(norms.mean()), 'by_layer': [
-        number(v) for v in mean.sum(1) / norms.sum(1)]} for t, (mean, norms) in constant.items()}}
+    unedited, added = look(NOTHING, (0, 1, reference.T // 2))
+    edits = [{**names(result), **look(edit)[0], 'control': look(control)[0]} for result in few for edit, control in [pair(result['group'])]]
+    with np.errstate(invalid='ignore'):  # where nothing is added
+        constancy = {t: {'constancy': number(mean.sum() / norms.sum()), 'norm': number(norms.mean()),
+                         'by_layer': [number(v) for v in mean.sum(1) / norms.sum(1)]} for t, (mean, norms) in added.items()}
+    return {'sequences': len(starts), 'unedited': unedited, 'edits': edits, 'constancy': constancy}
 
 
 def continuations(model, prompts, seed, reference, few, coder):
@@ -361,10 +378,10 @@ def continuations(model, prompts, seed, reference, few, coder):
     def texts(edit):
         return [coder.decode(ids) for ids in sample(model, prompts, NEW_TOKENS, seed, reference, edit).tolist()]
 
-    unedited = texts(Edit('stream', '', (), 'zero'))
-    edits = [(names(result), *(texts(edit) for edit in list(result['group'].values())[:2])) for result in few]
-    return [{'prompt': coder.decode(prompt), 'unedited': unedited[i], 'edits': [{**name, 'text': text[i], 'control': control[i]} for name, text, control in edits]}
-            for i, prompt in enumerate(prompts.tolist())]
+    unedited = texts(NOTHING)
+    edits = [(names(result), *map(texts, pair(result['group']))) for result in few]
+    return [{'prompt': coder.decode(prompt), 'unedited': unedited[i],
+             'edits': [{**name, 'text': text[i], 'control': control[i]} for name, text, control in edits]} for i, prompt in enumerate(prompts.tolist())]
 
 
 def intervene(checkpoint, path, tokens, meta, args):
@@ -390,9 +407,11 @@ def intervene(checkpoint, path, tokens, meta, args):
         return len(edits), *evaluate(model, tokens, starts[:count], edits, reference, batch_size, lambda share: progress(
             f'{path}: {what}, {len(edits)} edits of {count} sequences, {share:.0%}' * (share < 1)))
 
-    peak = {stream: max(range(S - 1), key=lambda s: reference.standout(stream, s + 1)) for stream in streams}  # after the last, an edit changes its own predictions only
+    # the last sublayer is no candidate: after it, an edit changes the predictions at its own positions only
+    peak = {stream: max(range(S - 1), key=lambda s: reference.standout(stream, s + 1)) for stream in streams}
     chosen = {stream: [peak[stream]] if args.sublayer == 'auto' else range(S) if args.sublayer == 'all' else [int(args.sublayer)] for stream in streams}
-    results = {(stream, s): plan(reference, stream, s, HOWS[args.how], args.top, stream == operator.decoded and not model.config.decode_gamma, len(streams) == 1)
+    decoded, alone = None if model.config.decode_gamma else operator.decoded, len(operator.streams) == 1
+    results = {(stream, s): plan(reference, stream, s, HOWS[args.how], args.top, stream == decoded, alone)
                for stream in streams for s in chosen[stream]}
     figured = {stream: results[stream, peak[stream] if peak[stream] in chosen[stream] else chosen[stream][0]] for stream in streams}
     few = [result for group in figured.values() for result in shown(group)]
@@ -406,13 +425,13 @@ def intervene(checkpoint, path, tokens, meta, args):
     if args.sublayer == 'auto':
         sweep = [result for stream in streams for s in range(S) for result in plan(reference, stream, s, ('zero',), args.top, False, True)
                  if (result['what'], result['reach']) == ('top', 'once')]
-        count, unedited, losses = losses_of(sweep, max(2, N // 4), 'every sublayer')
+        count, unedited, losses = losses_of(sweep, max(2, N // 2), 'every sublayer')
         evaluations += count
         finish(sweep, unedited, losses, reference, weights[:, :len(unedited)], {}, None)
     loss = span(weights, before.sum(1, dtype=np.float64), np.full(N, reference.T))
     report = {'schema': 1, 'checkpoint': str(path), 'iter_num': checkpoint['iter_num'], 'model': {**checkpoint['model_args'], 'parameters': model.num_params()},
-              'data': {'name': tokens.path.parent.name, 'split': 'val', 'sequences': N, 'calibration': len(starts) - N, 'block_size': tokens.block_size, 'seed': args.seed,
-                       'sweep_sequences': max(2, N // 4)},
+              'data': {'name': tokens.path.parent.name, 'split': 'val', 'sequences': N, 'calibration': len(starts) - N, 'sweep_sequences': max(2, N // 4),
+                       'block_size': tokens.block_size, 'seed': args.seed},
               'evaluations': evaluations, 'loss': rounded(loss), 'perplexity': number(np.exp(loss[0])), 'sweep': sweep, 'results': results,
               'before': {name: {of[i]: {'share': number((places == i).mean()), 'loss': number(before[places == i].mean(dtype=np.float64))} for i in np.unique(places)}
                          for name, (places, of) in labels.items()},
@@ -429,87 +448,107 @@ def ratio_text(q):
     return short(q, 3) if q is None or not 0.1 <= q < 10 else f'{q:.4f}'
 
 
-def print_result(head, result):
+def row(head, interval, changes, controls):
+    return f'{head:36} {interval:25}' + ' '.join(f'{change:>8}' for change in changes) + ' |' + ''.join(f'{control:>7}' for control in controls)
+
+
+def result_row(head, result):
     """One line: the edit, its controls after the bar; a star where its interval is apart from all of theirs."""
     edit, controls = result['edit'], result['controls']
-    q = edit['ratio']
-    apart = all(q['low'] > c['ratio']['high'] or q['high'] < c['ratio']['low'] for c in controls.values())
-    interval = f"{ratio_text(q['value'])} [{ratio_text(q['low'])}, {ratio_text(q['high'])}]" + '*' * apart
-    changes = [f"{edit[key]['value']:+.3g}" if edit[key] else '–' for key in ('edited', 'later')]
-    print(f'{head:33} {interval:26}{changes[0]:>9} {changes[1]:>9} |' + ''.join(f"{ratio_text(controls[name]['ratio']['value']) if name in controls else '':>8}" for name in CONTROLS))
+    q, others = edit['ratio'], [control['ratio'] for control in controls.values()]
+    apart = all(None not in (q['low'], q['high'], c['low'], c['high']) and (q['low'] > c['high'] or q['high'] < c['low']) for c in others)
+    return row(head, f"{ratio_text(q['value'])} [{ratio_text(q['low'])}, {ratio_text(q['high'])}]" + '*' * apart,
+               [f"{edit[key]['value']:+.2g}" if edit[key] and edit[key]['value'] is not None else '–' for key in ('edited', 'later')],
+               [ratio_text(controls[name]['ratio']['value']) if name in controls else '' for name in CONTROLS])
 
 
 def print_report(name, report):
-    data = report['data']
+    data, columns = report['data'], ('ratio [95% interval]', ('edited', 'later'), CONTROLS)
     print(f"\n{name}, iteration {report['iter_num']}: {data['sequences']} sequences of {data['block_size']} tokens, {data['name']} val, seed {data['seed']}; "
           f"{report['evaluations']} edits")
     print(f"perplexity {short(report['perplexity'], 4)}; ratio: after an edit to before; changes of loss in nats; * apart from every control")
-    columns = f" {'ratio [95% interval]':26}{'edited':>9} {'later':>9} |" + ''.join(f'{name:>8}' for name in CONTROLS)
     for stream, results in groupby(report['sweep'], lambda result: result['stream']):
-        print(f"\n{stream + ', top entries zeroed once':33}{columns}")
+        print('\n' + row(f'{stream}, top entries (× median) zeroed', *columns))
         for result in results:
             position, dim = result['entries'][0]
-            print_result(f"after {result['sublayer']:<3} {dim} at {position}, {short(result['standout'], 3)} × median", result)
+            print(result_row(f"after {result['sublayer']:<3} {dim} at {position}, {short(result['standout'], 3)} ×", result))
     for (stream, s), results in groupby(report['results'], lambda result: (result['stream'], result['sublayer'])):
-        print(f"\n{f'{stream} after sublayer {s}':33}{columns}")
+        print('\n' + row(f'{stream} after sublayer {s}', *columns))
         for result in results:
-            print_result(f"{result['where']:8}{result['what']:6}{result['how']:12}{result['reach']}", result)
+            print(result_row(f"{result['where']:8}{result['what']:6}{result['how']:12}{result['reach']}", result))
 
 
 def print_details(report, figured):
-    """Losses by class of the predicted token, the sinks and the continuations, each beside the first control."""
+    """Losses by class of the predicted token and the rest, the sinks and the continuations, each beside the same change in other dimensions."""
     for results in map(shown, figured.values()):
-        heads = [f"{r['stream']} {r['what']} {r['how']}" for r in results]
-        print(f"\n{'change of loss, downstream':28}{'share':>6} {'before':>7}" + ''.join(f"{head:>16} ({next(iter(r['controls']))})".ljust(26) for head, r in zip(heads, results)))
-        for breakdown, rows in report['before'].items():
-            for of, row in rows.items():
-                cells = [f"{r['edit']['by'][breakdown][of][0]:>+16.4f} ({next(iter(r['controls'].values()))['by'][breakdown][of][0]:+.4f})" for r in results]
-                print(f"{f'{breakdown} {of}':28}{row['share']:6.1%} {row['loss']:7.3f}" + ''.join(cell.ljust(26) for cell in cells))
+        heads = [f"{r['stream']} {r['what']} {r['how']} (moved)" for r in results]
+        print(f"\n{'change of loss, downstream':28}{'share':>6} {'before':>7}" + ''.join(f'{head:>32}' for head in heads))
+        carriers = {of: {'share': math.nan, 'loss': math.nan} for r in results for of in r['edit']['by'].get('carrier', ())}
+        for breakdown, rows in {**report['before'], 'carrier': carriers}.items():
+            for of, line in rows.items():
+                pairs = [[by.get(breakdown, {}).get(of, [math.nan])[0] for by in (r['edit']['by'], r['controls']['moved']['by'])] for r in results]
+                cells = f"{line['share']:6.1%} {line['loss']:7.3f}" + ''.join(f'{edit:+.4f} ({control:+.4f})'.rjust(32) for edit, control in pairs)
+                print(f"{f'{breakdown} {of}':28}" + re.sub('[+]?nan%?', lambda nan: '–'.rjust(len(nan[0])), cells))
     heads = report['attention']
-    print(f"\nattention to position 0: {heads['unedited']['sink']:.4f}; " + '; '.join(
-        f"{edit['stream']} {edit['what']} {edit['how']} {edit['sink']:.4f} (control {edit['control']['sink']:.4f})" for edit in heads['edits']))
-    print('a constant over inputs (1) or not (0) is what later outputs get from position ' + ', '.join(f"{t}: {c['constancy']:.3f}" for t, c in heads['constancy'].items()))
+    print(f"\nattention to position 0, unedited: {heads['unedited']['sink']:.4f}")
+    for edit in heads['edits']:
+        print(f"  {edit['stream']} {edit['what']} {edit['how']}: {edit['sink']:.4f} (moved {edit['control']['sink']:.4f})")
+    print('a constant over inputs (1) or not (0) is what later outputs get from position '
+          + ', '.join(f"{t}: {short(c['constancy'], 3)}" for t, c in heads['constancy'].items()))
     for text in report['samples']:
-        print(f"\n{text['prompt'][-60:]!r} …\n  {'unedited':24}{text['unedited'][:80]!r}")
+        print(f"\n{text['prompt'][-60:]!r:.80} …\n  {'unedited':24}{text['unedited']!r:.80}")
         for edit in text['edits']:
-            head = f"{edit['stream']} {edit['what']} {edit['how']}"
-            print(f"  {head:24}{edit['text'][:80]!r}\n  {'  control':24}{edit['control'][:80]!r}")
+            print(f"  {edit['stream'] + ' ' + edit['what'] + ' ' + edit['how']:24}{edit['text']!r:.80}\n  {'  moved':24}{edit['control']!r:.80}")
+
+
+def point(axis, y, value, low, high, label, **style):
+    axis.plot([low, high], [y, y], color=style['color'], linewidth=1.2)
+    axis.plot(value, y, linestyle='', label=label, **style)
+
+
+def finish_panel(axis, lines, unchanged, **settings):
+    axis.set(ylim=(len(lines) - 0.4, -0.6), **settings)
+    axis.set_yticks(range(len(lines)), lines, fontsize='small')
+    axis.axvline(unchanged, color='#999999', linewidth=0.8)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize='small')
 
 
 def draw_ratios(name, figured, path):
     """Every intervention of a stream in a line, with its controls and 95% intervals."""
-    with figure(path, f'{name}: perplexity after ÷ before, bars: 95% intervals over sequences', 1, len(figured), (6.2, 1.3 + 0.2 * max(map(len, figured.values())))) as axes:
+    height = 1.3 + 0.2 * max(map(len, figured.values()))
+    with figure(path, f'{name}: perplexity after ÷ before\nbars: 95% intervals over sequences', 1, len(figured), (6.2, height)) as axes:
+        from matplotlib.ticker import MaxNLocator
         for axis, (stream, results) in zip(axes, figured.items()):
+            seen = set()
             for y, result in enumerate(results):
-                for i, (kind, of) in enumerate({**result['controls'], 'edit': result['edit']}.items()):
-                    q, place = of['ratio'], y if kind == 'edit' else y + 0.18 * (CONTROLS.index(kind) - 1.5)
-                    axis.plot([q['low'], q['high']], [place, place], color=MARKS[kind]['color'], linewidth=1.2)
-                    axis.plot(q['value'], place, linestyle='', markersize=6 if kind == 'edit' else 3.5, label=kind if y == 0 else None, **MARKS[kind])
-            axis.set(title=f"{stream}, sublayer {results[0]['sublayer']}", xscale='log', xlabel='perplexity ratio (log scale)', ylim=(len(results) - 0.4, -0.6))
-            axis.set_yticks(range(len(results)), [f"{r['where']} {r['what']}, {r['how']} {r['reach']}" for r in results], fontsize=7)
-            axis.axvline(1, color='#999999', linewidth=0.8)
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize='small')
+                for kind, of in {**result['controls'], 'edit': result['edit']}.items():
+                    place, size = (y, 6) if kind == 'edit' else (y + 0.18 * (CONTROLS.index(kind) - 1.5), 3.5)
+                    point(axis, place, **of['ratio'], label=None if kind in seen else kind, markersize=size, **MARKS[kind])
+                    seen.add(kind)
+            finish_panel(axis, [f"{r['where']} {r['what']}, {r['how']} {r['reach']}" for r in results], 1, title=f"{stream}, sublayer {results[0]['sublayer']}",
+                         xscale='log', xlabel='perplexity ratio (log scale)')
+            low, high = axis.get_xlim()
+            if high < 10 * low:  # no power of ten to speak of
+                axis.xaxis.set_major_locator(MaxNLocator(6))
+            axis.xaxis.set_major_formatter('{x:g}')
+            axis.xaxis.set_minor_formatter('')
 
 
 def draw_classes(name, before, figured, path):
-    """What the shown interventions and their first controls do to the loss of every class of predicted tokens."""
+    """What the shown interventions, and the same changes in other dimensions, do to the loss of every class of predicted tokens."""
     classes = before['class']
-    with figure(path, f'{name}: change of loss by class of the predicted token, bars: 95% intervals', 1, len(figured), (5.6, 1.6 + 0.4 * len(classes))) as axes:
+    with figure(path, f'{name}: change of loss by class of the predicted token\nbars: 95% intervals over sequences', 1, len(figured), (5.6, 1.6 + 0.4 * len(classes))) as axes:
         for axis, results in zip(axes, map(shown, figured.values())):
             for i, result in enumerate(results):
-                control, against = next(iter(result['controls'].items()))
-                for j, (kind, of) in enumerate({'edit': result['edit'], control: against}.items()):
-                    style = dict(color=('#0072B2', '#D55E00')[i], marker='os'[i], markerfacecolor='none' if j else None, linestyle='')
+                for j, of in enumerate(pair({**result['controls'], 'edit': result['edit']})):
                     for y, key in enumerate(classes):
-                        (value, low, high), place = of['by']['class'][key], y + 0.18 * (2 * i + j - 1.5)
-                        axis.plot([low, high], [place, place], color=style['color'], linewidth=1.2)
-                        axis.plot(value, place, label=f"{result['what']} {result['how']}" + f', {control}' * j if y == 0 else None, **style)
-            axis.set(title=f"{results[0]['stream']}, sublayer {results[0]['sublayer']} and downstream", xlabel='change of loss (nats per token)', ylim=(len(classes) - 0.4, -0.6))
-            axis.set_yticks(range(len(classes)), [f"{key} ({row['share']:.1%})" for key, row in classes.items()])
-            axis.axvline(0, color='#999999', linewidth=0.8)
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize='small')
+                        label = f"{result['what']} {result['how']}" + ', moved' * j if y == 0 else None
+                        point(axis, y + 0.18 * (2 * i + j - 1.5), *of['by']['class'][key], label, color=('#0072B2', '#D55E00')[i], marker='os'[i],
+                              markerfacecolor='none' if j else None)
+            finish_panel(axis, [f"{key} ({line['share']:.1%})" for key, line in classes.items()], 0, xlabel='change of loss (nats per token)',
+                         title=f"{results[0]['stream']}, sublayer {results[0]['sublayer']} and downstream")
+            axis.locator_params(axis='x', nbins=6)
 
 
 def parse_arguments(argv):
@@ -519,7 +558,7 @@ def parse_arguments(argv):
     parser.add_argument('--sublayer', default='auto', help='a number; all; or auto, a sweep over all and the one where the outlier stands out most (default)')
     parser.add_argument('--top', type=int, default=4, help='how many entries to change (default 4)')
     parser.add_argument('--how', choices=HOWS, default='all')
-    parser.add_argument('--sequences', type=int, default=48, help='windows to evaluate on (default 48)')
+    parser.add_argument('--sequences', type=int, default=32, help='windows to evaluate on (default 32)')
     parser.add_argument('--data', help="dataset to evaluate on, a name below data/ or a path (default: the run's own)")
     parser.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
     parser.add_argument('--out', type=Path, help="folder for intervene.json and figures (default: the run's own)")

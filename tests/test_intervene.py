@@ -1,0 +1,514 @@
+"""The specification of intervene.py. What an edit must do is done again by hand, in numpy and float64: `by_hand` is the whole model,
+written from DESIGN.md's formulas, and shows every stream to a function that may change it. d dimensions, S sublayers, levels 0 … S."""
+import json
+import math
+import re
+from contextlib import redirect_stdout
+from dataclasses import asdict, replace
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import intervene
+from data.classes import CLASSES, classify, structure
+from data.loader import Tokens, encoding
+from intervene import CONTROLS, Edit, Reference, attention, edited, evaluate, outcome, plan, sample, states, with_controls
+from measure import bootstrap_weights
+from model import GPT, GPTConfig, build_model, load_checkpoint
+
+N, T, D, S = 6, 16, 20, 4
+SMALL = dict(block_size=T, vocab_size=257, n_layer=S // 2, n_head=2, n_embd=D, gate_rank=3)
+ARMS = {'baseline': dict(qk_norm=True), 'ledger': dict(residual='ledger'), 'bias': dict(attn_bias_kv=True)}
+STREAMS = [('baseline', 'h'), ('ledger', 'D'), ('ledger', 'C')]
+every_stream = pytest.mark.parametrize('arm, stream', STREAMS)
+ENTRIES = dict(positions=(0, 3, 3), dims=(7, 5, 7))
+SOURCE = ''.join(f"def f{i}(x):\n    '''Adds {i * i}.'''\n    return x + {i * 37 % 101}  # {'word ' * (i % 5)}\n" for i in range(40))
+NOTHING = Edit('stream', 'h', (), 'zero')
+
+
+def write_dataset(folder, ids):
+    folder.mkdir(parents=True)
+    for split in ('train', 'val'):
+        np.asarray(ids, '<u2').tofile(folder / f'{split}.bin')
+    (folder / 'meta.json').write_text(json.dumps({'tokenizer': 'bytes', 'vocab_size': 257, 'eot': 256, 'source': 'Python code'}))
+    return Tokens(folder, 'val', T, 257)
+
+
+def random_model(arm):
+    """Random weights, every one in use, with outliers at position 0 and in dimension 7."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SMALL, **ARMS[arm])).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+        model.pos_emb.weight[0, 5] += 8
+        model.pos_emb.weight[:, 7] += 2
+    return model
+
+
+@pytest.fixture(scope='module', autouse=True)
+def one_thread():
+    """Tensors this small are five times slower on two threads, where other work has the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope='module')
+def lab(tmp_path_factory):
+    """The arms, N windows of Python source to evaluate on, and N others that entries are chosen on."""
+    root = tmp_path_factory.mktemp('lab')
+    tokens = write_dataset(root / 'data', np.frombuffer(SOURCE.encode(), np.uint8))
+    starts = tokens.fixed_starts(2 * N)
+    models = {arm: random_model(arm) for arm in ARMS}
+    return SimpleNamespace(root=root, tokens=tokens, starts=starts[:N], idx=tokens.windows(starts[:N])[0], targets=tokens.windows(starts[:N])[1].numpy(),
+                           others=tokens.windows(starts[N:])[0], models=models, references={arm: Reference(models[arm], tokens, starts[N:], 4, 0) for arm in ARMS})
+
+
+def by_hand(model, idx, touch=lambda where, level, streams: streams):
+    """The forward pass in numpy, float64. touch(where, level, {stream: (B, T, d)}) returns the streams as they go on: where is 'stream' (after sublayer level − 1),
+    'reads' (the input of sublayer level alone) or 'decoder' (the head's alone). Returns the logits and {stream: (S + 1, B, T, d)}."""
+    w = {name: p.detach().double().numpy() for name, p in model.named_parameters()}
+    ledger, idx = model.config.residual == 'ledger', idx.numpy()
+
+    def norm(x, gain):
+        return x / np.sqrt((x ** 2).mean(-1, keepdims=True) + 1e-6) * w[gain]
+
+    def sigmoid(x):
+        return 1 / (1 + np.exp(-x))
+
+    def attend(u, name):
+        q, k, v = (x.reshape(*x.shape[:2], 2, -1).swapaxes(1, 2) for x in np.split(u @ w[f'{name}.qkv.weight'].T, 3, -1))
+        if model.config.qk_norm:
+            q, k = norm(q, f'{name}.q_norm.weight'), norm(k, f'{name}.k_norm.weight')
+        scores = q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1]) + np.triu(np.full((u.shape[1],) * 2, -np.inf), 1)
+        p = np.exp(scores - scores.max(-1, keepdims=True))
+        return (p / p.sum(-1, keepdims=True) @ v).swapaxes(1, 2).reshape(u.shape) @ w[f'{name}.proj.weight'].T
+
+    def mlp(u, name):
+        a = u @ w[f'{name}.fc.weight'].T + w[f'{name}.fc.bias']
+        return (a * (1 + np.vectorize(math.erf)(a / math.sqrt(2))) / 2) @ w[f'{name}.proj.weight'].T + w[f'{name}.proj.bias']
+
+    x = w['tok_emb.weight'][idx] + w['pos_emb.weight'][:idx.shape[1]]
+    streams = {'D': x, 'C': 0 * x} if ledger else {'h': x}
+    seen = [streams]
+    for s in range(S):
+        r = f'sublayers.{s}.residual'
+        read = touch('reads', s, streams)
+        u = norm(read['D'] + w[f'{r}.read_scale'] * read['C'] if ledger else read['h'], f'sublayers.{s}.norm.weight')
+        y = (attend, mlp)[s % 2](u, f'sublayers.{s}.function')
+        if ledger:
+            def low_rank(name, z, bias=0):
+                return z @ w[f'{r}.{name}.V.weight'].T @ w[f'{r}.{name}.U.weight'].T + bias
+            k, D_ = low_rank('erase_direction', u), streams['D']
+            k = k / np.linalg.norm(k, axis=-1, keepdims=True)
+            D_ = D_ - sigmoid(low_rank('erase_gate', u, w[f'{r}.erase_gate.U.bias'])) * k * (k * D_).sum(-1, keepdims=True) \
+                + sigmoid(low_rank('write_gate', u, w[f'{r}.write_gate.U.bias'])) * (y + low_rank('write_map', y))
+            c = sigmoid(u @ w[f'{r}.commit_weight'] + w[f'{r}.commit_bias'])[..., None]
+            streams = {'D': D_, 'C': streams['C'] + c * (D_ + low_rank('commit_map', D_))}
+        else:
+            streams = {'h': streams['h'] + y}
+        streams = touch('stream', s + 1, streams)
+        seen.append(streams)
+    decoded = touch('decoder', S, streams)['C' if ledger else 'h']
+    return norm(decoded, 'norm.weight') @ w['head.weight'].T, {stream: np.stack([level[stream] for level in seen]) for stream in streams}
+
+
+def losses(logits, targets):
+    logits = logits - logits.max(-1, keepdims=True)
+    return np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+
+
+def by_hand_with(lab, arm, edit):
+    """Returns what an edit without a control must make of the losses, (N, T)."""
+    others = by_hand(lab.models[arm], lab.others)[1][edit.stream]
+
+    def touch(where, level, streams):
+        if where != edit.where or level not in edit.levels:
+            return streams
+        x = streams[edit.stream].copy()
+        if edit.how == 'clip':
+            rank = math.ceil(edit.quantile * T * D) - 1
+            limit = np.mean([np.sort(np.abs(sequence).ravel())[rank] for sequence in others[level]])
+            x = np.clip(x, -limit, limit)
+        else:
+            for t, j in zip(edit.positions or [slice(None)] * len(edit.dims), edit.dims):
+                x[:, t, j] = others[level][:, t, j].mean(0) if edit.how == 'mean' else 0
+        return {**streams, edit.stream: x}
+    return losses(by_hand(lab.models[arm], lab.idx, touch)[0], lab.targets)
+
+
+def evaluated(lab, arm, edits, batch_size=4):
+    return evaluate(lab.models[arm], lab.tokens, lab.starts, edits, lab.references[arm], batch_size)
+
+
+# ---- edits
+
+PLACES = {'once': ('stream', (2,)), 'downstream': ('stream', (1, 2, 3, 4)), 'reads': ('reads', (0, 1, 2, 3)), 'decoder': ('decoder', (4,))}
+
+
+@pytest.mark.parametrize('arm, stream, place', [(*names, place) for names in STREAMS for place in PLACES if names[1] != 'D' or place in ('once', 'downstream')])
+def test_an_edit_is_the_tensor_changed_by_hand(lab, arm, stream, place):
+    where, levels = PLACES[place]
+    edits = [Edit(where, stream, levels, how, **entries) for how in ('zero', 'mean') for entries in (ENTRIES, dict(dims=(5, 7)))]
+    edits.append(Edit(where, stream, levels, 'clip', quantile=0.9))
+    before, after = evaluated(lab, arm, edits)
+    np.testing.assert_allclose(before, losses(by_hand(lab.models[arm], lab.idx)[0], lab.targets), atol=1e-4)
+    for edit in edits:
+        np.testing.assert_allclose(after[edit], by_hand_with(lab, arm, edit), atol=1e-4, err_msg=str(edit))
+        assert np.abs(after[edit] - before).max() > 1e-3, f'{edit} changed nothing'
+
+
+@every_stream
+@pytest.mark.parametrize('where', ['stream', 'reads', 'decoder'])
+@pytest.mark.parametrize('control', ['', 'random', 'moved'])
+def test_an_intervention_of_no_entries_changes_no_bit(lab, arm, stream, where, control):
+    edits = [Edit(where, stream, (1, 2, 3), how, positions=positions, control=control) for how in ('zero', 'mean') for positions in ((), None)]
+    before, after = evaluated(lab, arm, [*edits, replace(NOTHING, stream=stream)])
+    assert all((losses == before).all() for losses in after.values())
+
+
+@every_stream
+def test_what_an_edit_does_not_reach_is_not_computed_again_and_no_bit_differs(lab, arm, stream):
+    edit = Edit('stream', stream, (3,), 'zero', **ENTRIES)
+    _, after = evaluated(lab, arm, [edit], N)
+    model, reference = lab.models[arm], lab.references[arm]
+    with torch.no_grad(), edited(model, edit, reference, range(N)):
+        whole = torch.nn.functional.cross_entropy(model(lab.idx).flatten(0, 1), torch.from_numpy(lab.targets).flatten(), reduction='none')
+    assert (whole.view(N, T).numpy() == after[edit]).all()
+
+
+@every_stream
+def test_the_model_is_as_before_after_an_edit_even_one_that_failed(lab, arm, stream):
+    model, reference = lab.models[arm], lab.references[arm]
+    with torch.no_grad():
+        before = model(lab.idx)
+        for where in ('stream', 'reads', 'decoder'):
+            with pytest.raises(RuntimeError), edited(model, Edit(where, stream, (1, 2), 'zero', **ENTRIES), reference, range(N)):
+                assert not torch.equal(model(lab.idx), before)
+                raise RuntimeError
+            assert torch.equal(model(lab.idx), before)
+
+
+def test_predictions_before_an_edit_do_not_change(lab):
+    edit = Edit('stream', 'h', (1, 2, 3), 'zero', positions=(6, 9), dims=(5, 7))
+    before, after = evaluated(lab, 'baseline', [edit])
+    assert (after[edit] == before)[:, :6].all() and (np.abs(after[edit] - before)[:, 6:] > 0).mean() > 0.9
+
+
+def test_an_edit_for_the_decoder_alone_leaves_every_stream_untouched(lab):
+    model, edit = lab.models['ledger'], Edit('decoder', 'C', (S,), 'zero', dims=(7,))
+    with torch.no_grad():
+        before, logits = states(model, lab.idx)
+        with edited(model, edit, lab.references['ledger'], range(N)):
+            after, changed = states(model, lab.idx)
+    assert all(torch.equal(x[name], y[name]) for x, y in zip(before, after) for name in 'DC')
+    assert not torch.isclose(logits, changed).any(-1).all()
+
+
+def test_without_the_read_coupling_the_ledger_is_one_whose_lambda_is_zero(lab):
+    edit = Edit('reads', 'C', tuple(range(S)), 'zero', dims=tuple(range(D)))
+    before, after = evaluated(lab, 'ledger', [edit])
+    model = random_model('ledger')
+    with torch.no_grad():
+        for sublayer in model.sublayers:
+            sublayer.residual.read_scale.zero_()
+    uncoupled, _ = evaluate(model, lab.tokens, lab.starts, [], lab.references['ledger'], 4)
+    np.testing.assert_allclose(after[edit], uncoupled, atol=1e-5)
+    assert np.abs(before - uncoupled).max() > 0.01
+
+
+@every_stream
+def test_batches_do_not_matter(lab, arm, stream):
+    edits = list(with_controls(Edit('stream', stream, (1, 2), 'zero', **ENTRIES), lab.references[arm], 1).values())
+    results = [evaluated(lab, arm, edits, batch_size)[1] for batch_size in (1, N)]
+    for edit in edits:
+        np.testing.assert_allclose(results[0][edit], results[1][edit], atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_losses(lab):
+    for arm, stream in STREAMS:
+        edits = [edit for result in plan(lab.references[arm], stream, 1, ('zero', 'mean', 'clip'), 2, stream != 'D', arm != 'ledger') for edit in result['group'].values()]
+        model = random_model(arm).cuda()
+        reference = Reference(model, lab.tokens, lab.tokens.fixed_starts(2 * N)[N:], 4, 0)
+        before, after = evaluate(model, lab.tokens, lab.starts, edits, reference, 4)
+        expected = evaluated(lab, arm, edits)
+        np.testing.assert_allclose(before, expected[0], atol=1e-4)
+        for edit in edits:
+            np.testing.assert_allclose(after[edit], expected[1][edit], atol=1e-4)
+        assert attention(model, lab.tokens, lab.starts, 4, reference, edits[0], (0, 1))[0].shape == (2, 2)
+
+
+# ---- which entries, and their controls
+
+@every_stream
+def test_the_largest_entries_are_chosen_on_other_windows(lab, arm, stream):
+    a = np.abs(by_hand(lab.models[arm], lab.others)[1][stream][2]).mean(0)
+    top = np.argsort(-a, axis=None)[:3]
+    assert lab.references[arm].pick(stream, 2, 3) == {'top': (tuple(top // D), tuple(top % D)), 'start': ((0,) * 3, tuple(np.argsort(-a[0])[:3])),
+                                                      'dims': (None, tuple(np.argsort(-a.mean(0))[:3]))}
+    assert lab.references[arm].standout(stream, 2) == pytest.approx(a.max() / np.sort(a[top[0] // D])[(D - 1) // 2], rel=1e-4)
+
+
+def seen_in(lab, arm, edit):
+    """Returns by how much an edit of one level changes its stream there, (N, T, d)."""
+    model = lab.models[arm]
+    with torch.no_grad():
+        before, _ = states(model, lab.idx)
+        with edited(model, edit, lab.references[arm], range(N)):
+            after, _ = states(model, lab.idx)
+    return (after[edit.levels[0]][edit.stream] - before[edit.levels[0]][edit.stream]).numpy()
+
+
+@every_stream
+@pytest.mark.parametrize('entries', [ENTRIES, dict(dims=(5, 7))], ids=['entries', 'dimensions'])
+def test_random_entries_are_as_many_others_and_not_the_same_in_every_sequence(lab, arm, stream, entries):
+    edit = Edit('stream', stream, (2,), 'zero', **entries)
+    change = seen_in(lab, arm, replace(edit, control='random'))
+    per_sequence = (change != 0).sum((1, 2))
+    assert (per_sequence == (len(edit.dims) if edit.positions else T * len(edit.dims))).all()
+    assert not change[..., list(set(edit.dims))].any()
+    assert len({tuple(np.flatnonzero(x)) for x in change}) > N // 2
+
+
+@every_stream
+@pytest.mark.parametrize('entries', [ENTRIES, dict(dims=(5, 7)), dict(quantile=0.9)], ids=['entries', 'dimensions', 'clip'])
+def test_a_moved_change_is_as_large_in_every_token_but_in_other_dimensions(lab, arm, stream, entries):
+    edit = Edit('stream', stream, (2,), 'clip' if 'quantile' in entries else 'zero', **entries)
+    change, moved = seen_in(lab, arm, edit), seen_in(lab, arm, replace(edit, control='moved'))
+    np.testing.assert_allclose(np.sort(moved, -1), np.sort(change, -1), atol=1e-5)
+    assert np.abs(change).sum() > 1 and (moved[change != 0] == change[change != 0]).mean() < 0.1
+    if edit.dims:
+        assert not moved[..., list(set(edit.dims))].any()
+
+
+@pytest.mark.parametrize('entries', [dict(dims=(5, 7)), dict(quantile=0.9)], ids=['dimensions', 'clip'])
+@torch.no_grad()
+def test_moved_again_downstream_a_change_does_not_add_up(lab, entries):
+    model = random_model('baseline')
+    for sublayer in model.sublayers:  # nothing is written: the stream is the same at every level
+        for parameter in sublayer.function.proj.parameters():
+            parameter.zero_()
+    reference = Reference(model, lab.tokens, lab.starts, 4, 0)
+    once, downstream = (Edit('stream', 'h', levels, 'clip' if 'quantile' in entries else 'zero', control='moved', **entries) for levels in ((1,), (1, 2, 3, 4)))
+    with edited(model, once, reference, range(N)):
+        expected = states(model, lab.idx)[0][S]['h']
+    assert not torch.allclose(expected, states(model, lab.idx)[0][S]['h'])
+    with edited(model, downstream, reference, range(N)):
+        for _ in range(2):  # the second pass remembers nothing of the first
+            torch.testing.assert_close(states(model, lab.idx)[0][S]['h'], expected, rtol=0, atol=1e-5)
+
+
+def test_the_other_controls_are_median_dimensions_at_the_start_and_the_same_dimensions_half_a_window_away(lab):
+    reference = lab.references['ledger']
+    group = with_controls(Edit('stream', 'C', (2,), 'zero', **ENTRIES), reference, 2)
+    assert set(group) == {'edit', *CONTROLS}
+    start = np.abs(by_hand(lab.models['ledger'], lab.others)[1]['C'][2]).mean(0)[0]
+    ranks = np.argsort(np.argsort(start))[list(group['median'].dims)]
+    assert group['median'].positions == (0, 0, 0) and set(ranks) == {8, 9, 10}
+    assert (group['other'].positions, group['other'].dims) == ((8, 11, 11), ENTRIES['dims'])
+    assert all(replace(edit, positions=(), dims=(), control='') == replace(group['edit'], positions=(), dims=()) for edit in group.values())
+
+
+@every_stream
+def test_every_planned_result_has_its_controls(lab, arm, stream):
+    results = plan(lab.references[arm], stream, 1, ('zero', 'mean', 'clip'), 3, stream != 'D', arm != 'ledger')
+    for result in results:
+        assert set(result['group']) == {'edit', 'moved'} | (set() if result['what'] == 'all' else {'random', 'median'}) | ({'other'} if result['what'] in ('top', 'start') else set())
+    made = {(r['where'], r['what'], r['how'], r['reach']) for r in results}
+    assert len(made) == len(results)
+    assert {('stream', what, how, reach) for what in ('top', 'start', 'dims') for how in ('zero', 'mean') for reach in ('once', 'downstream')} <= made
+    assert {('stream', 'all', f'clip {q}', reach) for q in (0.9999, 0.999, 0.99, 0.9) for reach in ('once', 'downstream')} <= made
+    assert ({'reads', 'decoder'} <= {where for where, *_ in made}) == (stream != 'D')
+    assert (('reads', 'all', 'zero', 'every') in made) == (stream == 'C')
+
+
+# ---- what is reported
+
+def test_losses_at_edited_and_at_later_positions_are_apart_with_intervals_over_sequences():
+    rng = np.random.default_rng(0)
+    before, after = rng.random((N, T)), rng.random((N, T)) * 2
+    positions, weights = [(2 + n, 4 + n) for n in range(N)], bootstrap_weights(0, range(N), 50)
+    classes = rng.integers(0, 2, (N, T))
+    got = outcome(before, after, positions, weights, {'class': (classes, ('keyword', 'name'))})
+    change, t = after - before, np.arange(T)
+    masks = {'edited': np.array([(t == 2 + n) | (t == 4 + n) for n in range(N)]), 'later': np.array([(t > 2 + n) & (t != 4 + n) for n in range(N)]),
+             'keyword': classes == 0, 'name': classes == 1, 'all': np.ones((N, T), bool)}
+    for name, mask in masks.items():
+        replicates = np.array([sum(w @ (change * mask)) / sum(w @ mask) for w in weights if w.any()])
+        replicates = np.exp(replicates) if name == 'all' else replicates
+        expected = [replicates[0], *np.quantile(replicates[1:], (0.025, 0.975))]
+        value = list(got['ratio'].values()) if name == 'all' else list(got[name].values()) if name in got else got['by']['class'][name]
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+    assert got['loss'] == pytest.approx(after.mean()) and got['perplexity'] == pytest.approx(math.exp(after.mean()))
+    assert outcome(before, after, [None] * N, weights, {})['later'] is None
+
+
+def test_predictions_are_labelled_by_class_position_and_distance_from_the_last_line(lab):
+    labels, kinds = intervene.label(lab.tokens, lab.starts, {'tokenizer': 'bytes', 'source': 'Python code'})
+    named = {name: np.array(of, dtype=object)[places] for name, (places, of) in labels.items()}
+    for n, start in enumerate(lab.starts):
+        window = np.fromfile(lab.tokens.path, '<u2')[start:start + T + 1]
+        assert [CLASSES['python'][k] for k in classify(window, encoding('bytes'), 'python')[1:]] == named['class'][n].tolist()
+        assert kinds[n].tolist() == classify(window, encoding('bytes'), 'python')[:-1].tolist()
+        for t, since in enumerate(structure(window, encoding('bytes'))['since_line'][1:]):
+            for name, value in (('position', t), ('since_line', since)):
+                low, _, high = named[name][n, t].partition('–')
+                assert int(low) <= value <= int(high or low)
+
+
+@pytest.mark.parametrize('arm', ['baseline', 'bias'])
+def test_the_sinks_and_what_a_position_adds_to_later_outputs_are_those_of_the_formula(lab, arm):
+    model, edit = lab.models[arm], Edit('stream', 'h', (1,), 'zero', positions=(0,), dims=(5,))
+    reads = []
+    handle = model.sublayers[2].function.register_forward_pre_hook(lambda _, inputs: reads.append(inputs[0].double().numpy()))
+    sinks, constants = attention(model, lab.tokens, lab.starts, N, lab.references[arm], edit, (0, 3))
+    handle.remove()
+    layer = model.sublayers[2].function
+    with torch.no_grad():
+        q, k, v = (x.double().numpy() for x in layer.heads(layer.qkv(torch.from_numpy(reads[0]).float())))
+    if arm == 'bias':
+        q, k = (np.concatenate([np.broadcast_to(first.detach().double().numpy().reshape(1, 2, 1, -1), (N, 2, 1, D // 2)), x], 2)
+                for first, x in ((0 * layer.bias_k, q), (layer.bias_k, k)))
+    scores = q @ k.swapaxes(-1, -2) / math.sqrt(D // 2) + np.triu(np.full((q.shape[2],) * 2, -np.inf), 1)
+    p = (np.exp(scores) / np.exp(scores).sum(-1, keepdims=True))[:, :, -T:, -T:]
+    np.testing.assert_allclose(sinks[1], p[..., 0].mean((0, 2)), rtol=1e-4)
+    W = layer.proj.weight.detach().double().numpy()
+    for t in (0, 3):
+        for head in range(2):
+            added = p[:, head, t:, t].mean(1)[:, None] * (v[:, head, t] @ W[:, head * D // 2:(head + 1) * D // 2].T)
+            np.testing.assert_allclose(constants[t][:, 1, head], [np.linalg.norm(added.mean(0)), np.linalg.norm(added, axis=1).mean()], rtol=1e-4)
+
+
+def test_continuations_differ_only_by_the_edit(lab):
+    model, reference, prompts = lab.models['baseline'], lab.references['baseline'], lab.idx[:3, :8]
+    drawn = [sample(model, prompts, 20, seed, reference, edit) for seed, edit in
+             ((0, NOTHING), (0, Edit('stream', 'h', (1, 2), 'zero', (), ())), (0, Edit('stream', 'h', (1, 2, 3, 4), 'zero', dims=(5, 7))), (1, NOTHING))]
+    assert drawn[0].shape == (3, 20) and torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[3])
+
+
+# ---- the command
+
+def save(model, root, data, name):
+    path = root / 'out' / name / 'ckpt.pt'
+    path.parent.mkdir(parents=True)
+    torch.save({'model': model.state_dict(), 'model_args': asdict(model.config), 'iter_num': 3, 'config': {'dataset': str(data)}}, path)
+    return path
+
+
+def planted(functional):
+    """An outlier in dimension 3 of the start token, which every query finds. functional: the head lives on what it adds; else it adds nothing."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SMALL)).eval()
+    attend = model.sublayers[2].function
+    with torch.no_grad():
+        for parameter in (p for name, p in model.named_parameters() if 'norm' not in name):
+            parameter.zero_()
+        model.tok_emb.weight.normal_(std=0.1)[:, 3] = 0
+        model.pos_emb.weight[0, 3], model.pos_emb.weight[0, 7], model.pos_emb.weight[1:, 7] = 310, 300, 1
+        attend.qkv.weight[0, 7], attend.qkv.weight[D, 3], attend.qkv.weight[2 * D, 3] = 1, 2, 1
+        attend.proj.weight[5, 0] = 20 if functional else 0
+        model.head.weight[97, 5 if functional else 7] = 2
+    return model
+
+
+@pytest.mark.parametrize('functional', [True, False])
+def test_removing_a_planted_outlier_hurts_if_the_model_lives_on_it_and_not_otherwise(tmp_path, functional):
+    write_dataset(tmp_path / 'data', np.where(np.random.default_rng(0).random(1000) < 0.95, 97, 98))
+    path = save(planted(functional), tmp_path, tmp_path / 'data', 'planted')
+    args = intervene.parse_arguments(['--ckpt', str(path), '--how=zero', '--top=1', '--sequences=8', '--device=cpu'])
+    tokens = Tokens(tmp_path / 'data', 'val', T, 257)
+    report, _ = intervene.intervene(load_checkpoint(path), path, tokens, json.loads((tmp_path / 'data/meta.json').read_text()), args)
+    for result in report['results'] + report['sweep'][:2]:
+        if result['where'] == 'stream' and result['what'] in ('top', 'start'):
+            assert result['entries'] == [[0, 3]]
+            later = result['edit']['later']
+            if functional:
+                assert result['edit']['ratio']['low'] > 10 and later['low'] > 2
+            else:
+                assert result['edit']['ratio']['value'] == pytest.approx(1, abs=0.1) and later['value'] == pytest.approx(0, abs=1e-6)
+            for control in result['controls'].values():
+                assert control['ratio']['value'] == pytest.approx(1, abs=0.3)
+    assert report['attention']['unedited']['by_layer'][1] > 0.5  # of two heads, one looks everywhere
+    of_start = next(edit for edit in report['attention']['edits'] if edit['what'] == 'start')
+    assert of_start['by_layer'][1] < 0.3 < 0.5 < of_start['control']['by_layer'][1]
+
+
+def command(*flags):
+    with redirect_stdout(StringIO()) as printed:
+        intervene.main(['--device=cpu', *map(str, flags)])
+    return printed.getvalue()
+
+
+@pytest.fixture(scope='module')
+def ran(lab):
+    """The whole command on a ledger."""
+    path, used = save(lab.models['ledger'], lab.root, lab.root / 'data', 'run'), {}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ('Reference', 'evaluate'):
+            patch.setattr(intervene, name, lambda model, tokens, starts, *rest, name=name, true=getattr(intervene, name):
+                          used.setdefault(name, set(starts.tolist())) and true(model, tokens, starts, *rest))
+        printed = command('--ckpt', path.parent, '--sequences=6', '--top=2')
+    return SimpleNamespace(out=path.parent, printed=printed, used=used, report=json.loads((path.parent / 'intervene.json').read_text(), parse_constant=lambda name: pytest.fail(f'{name} is not JSON')))
+
+
+def test_the_command_writes_a_report_and_two_figures_and_prints_at_most_110_columns(ran):
+    assert {path.name for path in ran.out.iterdir()} == {'ckpt.pt', 'intervene.json', 'intervene.png', 'intervene_class.png'}
+    assert all((ran.out / name).read_bytes().startswith(b'\x89PNG') for name in ('intervene.png', 'intervene_class.png'))
+    assert max(len(line) for line in ran.printed.splitlines() if not line.startswith('written: ')) <= 110  # where to is not ours to shorten
+
+
+def test_entries_are_not_chosen_on_the_windows_that_are_evaluated(ran):
+    assert len(ran.used['Reference']) == len(ran.used['evaluate']) == 6 and not ran.used['Reference'] & ran.used['evaluate']
+
+
+def test_every_result_stands_beside_its_controls(ran):
+    results = ran.report['results'] + ran.report['sweep']
+    assert all('moved' in result['controls'] for result in results)
+    assert {(r['stream'], r['sublayer']) for r in ran.report['sweep']} == {(stream, s) for stream in 'DC' for s in range(S)}
+    assert {(r['where'], r['reach']) for r in ran.report['results'] if r['stream'] == 'C'} == {('stream', 'once'), ('stream', 'downstream'), ('reads', 'every'), ('decoder', '')}
+    ratios = [line for line in ran.printed.splitlines() if re.search(r'\[\S+, \S+\]', line)]
+    assert len(ratios) == len(results) and all(line.partition('|')[2].strip() for line in ratios)
+
+
+def test_the_breakdowns_add_up_to_the_whole(ran):
+    whole = ran.report['loss']['value']
+    for name, rows in ran.report['before'].items():
+        assert sum(row['share'] for row in rows.values()) == pytest.approx(1, abs=1e-6)
+        assert sum(row['share'] * row['loss'] for row in rows.values()) == pytest.approx(whole, rel=1e-5)
+        for result in ran.report['results']:
+            for of in (result['edit'], *result['controls'].values()):
+                change = sum(rows[label]['share'] * value for label, (value, _, _) in of['by'][name].items())
+                assert change == pytest.approx(of['loss'] - whole, abs=1e-5)
+                assert change == pytest.approx(math.log(of['ratio']['value']), abs=1e-5)
+    start = next(r for r in ran.report['results'] if r['what'] == 'start')['edit']
+    assert set(start['by']['carrier']) <= set(CLASSES['python'])
+    assert [len(sample['edits']) for sample in ran.report['samples']] == [4, 4, 4]
+
+
+def test_two_runs_of_the_command_say_the_same(ran, tmp_path):
+    flags = ('--ckpt', ran.out, '--sequences=4', '--top=1', '--stream=C', '--sublayer=2', '--how=zero')
+    reports = []
+    for name in 'ab':
+        command(*flags, f'--out={tmp_path / name}')
+        reports.append((tmp_path / name / 'run/intervene.json').read_bytes())
+    results = json.loads(reports[0])['results']
+    assert reports[0] == reports[1] and {(r['stream'], r['sublayer']) for r in results} == {('C', 2)}
+    assert ('reads', 'all') in {(r['where'], r['what']) for r in results}, 'the read coupling is there when C is looked at alone'
+
+
+@pytest.mark.parametrize('flags, sentence', [
+    (['--stream=h'], "--stream=h, but .* has D and C"), (['--sublayer=4'], 'sublayers 0 to 3'), (['--sublayer=last'], 'expected auto, all or a number'),
+    (['--top=6'], 'ask for fewer'), (['--top=0'], 'at least 1'), (['--sequences=1'], 'at least 1 and 2'), (['--sequences=100000'], 'ask for fewer'),
+    (['--seed=-1'], 'whole number'), (['--data=nowhere'], 'cannot read'), (['--out=/dev/null/out'], 'cannot write')])
+def test_what_cannot_be_done_is_refused_in_one_sentence(ran, flags, sentence):
+    with pytest.raises(SystemExit) as refused:
+        command('--ckpt', ran.out, *flags)
+    assert re.search(sentence, str(refused.value)) and str(refused.value).startswith('error: ') and '\n' not in str(refused.value)
