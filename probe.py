@@ -90,17 +90,16 @@ def split_windows(groups, seed):
     return test
 
 
-def draw_tokens(windows, T, seed, stream):
-    """windows: numbers of the windows of one side. Returns all their tokens as places in (N · T), the first of each window before the others, in random order."""
-    places = (windows[:, None] * T + np.arange(T)).ravel()
-    first = np.where(places % T == 0, 0, 1)
-    return places[np.lexsort((philox(seed, stream).random_raw(len(places)), first))]
-
-
 def draw_samples(groups, T, seeds, count):
-    """Returns train and test, each (S, n) places in (N · T): for each seed tokens of its two sides, three quarters of `count` and one, or what there is."""
-    sides = [[draw_tokens(np.flatnonzero(split_windows(groups, seed) == side), T, seed, 1 + side) for seed in range(seeds)] for side in (False, True)]
-    return [np.stack([places[:min(share, *map(len, side))] for places in side]) for side, share in zip(sides, (count * 3 // 4, count // 4))]
+    """Returns train and test, each (S, n) places in (N · T): for each seed tokens of its two sides, three quarters of `count` and one, or what there is.
+    They are in random order, but that the first tokens of all windows come before the others."""
+    sides = [], []
+    for seed in range(seeds):
+        test = split_windows(groups, seed)
+        for side, drawn in enumerate(sides):
+            places = (np.flatnonzero(test == side)[:, None] * T + np.arange(T)).ravel()
+            drawn.append(places[np.lexsort((philox(seed, 1 + side).random_raw(len(places)), places % T != 0))])
+    return [np.stack([places[:min(share, *map(len, drawn))] for places in drawn]) for drawn, share in zip(sides, (count * 3 // 4, count // 4))]
 
 
 class Probes:
@@ -254,14 +253,9 @@ def probe_run(checkpoint, path, tokens, tokenizer, args):
     streams = {name: [] for name in chosen}
     for name, sublayers in chosen.items():
         for s, why in sublayers.items():
-            if sys.stderr.isatty():
-                print(f'\r{path}: {name} after sublayer {s}', end='\033[K', file=sys.stderr, flush=True)
             dims = choose_dims(*(statistics.mean((name, s, part))[0] for part in ('magnitude', 'start')), args.top, args.seeds)
-            tasks = probe(features[name, s], labels, samples, dims)
             streams[name].append({'sublayer': s, 'kind': model.sublayers[s].kind, 'because': why, 'mean_dims': dims['mean'][0].tolist(),
-                                  'start_dims': dims['start'][0].tolist(), 'tasks': tasks})
-    if sys.stderr.isatty():
-        print('\r\033[K', end='', file=sys.stderr, flush=True)
+                                  'start_dims': dims['start'][0].tolist(), 'tasks': probe(features.pop((name, s)), labels, samples, dims)})
     return {'schema': 1, 'checkpoint': str(path), 'iter_num': checkpoint['iter_num'],
             'data': {'name': folder.name, 'split': args.split, 'language': language, 'sequences': len(starts), 'block_size': T, 'seed': 0,
                      'document_groups': int(groups.max()) + 1, 'train_tokens': samples[0].shape[1], 'test_tokens': samples[1].shape[1]},

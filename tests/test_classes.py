@@ -111,6 +111,7 @@ def test_a_window_from_the_middle_of_a_file_is_read_as_the_whole_file(modules):
     ('the lazy dog it is\nx = 1\n',                              'ccc.cccc.ccc.cc.cc/n.o.1/'),                            # in a comment
     ('quick brown fox\nof it all.\n"""\nx = 1\n',                'sssss.sssss.sss/ss.ss.ssss/sss/n.o.1/'),               # in a string of several lines
     ("quick brown fox\nof it all.\n'''\nx = 1\n",                'sssss.sssss.sss/ss.ss.ssss/sss/n.o.1/'),
+    ('= 1\nmatch x:\n',                                           'o.1/nnnnn.no/'),                                        # in code, with a soft keyword
     ('urn x + 1\n',                                              'nnn.n.o.1/'),                                           # in a word
     ('b: 2}, [x])\n',                                            'no.1oo.onoo/')])                                        # in brackets
 def test_what_a_window_begins_in_is_told_from_its_lines(text, expected):
@@ -124,6 +125,10 @@ def test_documents_are_read_apart(language):
     alone = [classify([EOT, *part.encode()], BYTES, language) for part in parts]
     assert joined.tolist() == np.concatenate(alone).tolist()
     assert CLASSES[language][joined[0]] == 'end of text'
+
+
+def test_a_document_begins_in_code_however_much_it_looks_like_a_comment():
+    assert letters(classify(ids_of('x⏹the lazy dog it is\n'), BYTES, 'python'), 'python') == 'nennn.nnnn.nnn.nn.kk/'
 
 
 def test_a_document_that_ends_in_brackets_leaves_none_open_for_the_next():

@@ -180,6 +180,17 @@ def test_no_document_and_no_window_is_on_both_sides_and_each_side_has_its_share(
     assert split_windows(np.array([0, 1, 1, 1]), 0).tolist() == [True, False, False, False]  # the smaller of two is tested on
 
 
+def test_what_only_the_tokens_of_a_document_share_is_not_found(monkeypatch):
+    monkeypatch.setattr(probe, 'STEPS', 50)
+    rng, document = np.random.default_rng(1), np.arange(300) // 5
+    fingerprint, coin = 5 * rng.normal(size=(60, 40)), rng.integers(0, 2, 60)
+    x = torch.from_numpy(np.repeat(fingerprint[document], 10, 0) + rng.normal(size=(3000, 40))).float()
+    labels, dims = {'coin': (('no', 'yes'), np.repeat(coin[document, None], 10, 1))}, {'all': np.array([range(40)] * 3)}
+    apart, mixed = (probe.probe(x, labels, draw_samples(groups, 10, 3, 2000), dims)['coin']['linear']['all']['balanced']['value']
+                    for groups in (document, rng.permutation(300)))
+    assert apart < 0.65 < 0.85 < mixed
+
+
 def test_a_seed_draws_tokens_of_each_side_without_repetition_and_the_first_of_every_window():
     groups = np.arange(12) // 2
     train, test = draw_samples(groups, 10, 5, 80)
@@ -207,6 +218,14 @@ def test_labels_are_those_of_the_token_itself_but_for_the_class_of_the_next(tmp_
     assert found['line start'] == ['no'] * 15 + ['yes']  # what came before the window is not known
     assert found['bracket depth'] == ['0'] * 5 + ['1'] * 11 and found['inside'] == ['code'] * 8 + [string] * 8
     assert all(column.shape == (2, 16) and column.dtype == np.int64 for _, column in labels.values())
+
+
+@pytest.mark.parametrize('block_size', [8, 12, 100])
+def test_the_names_of_the_position_classes_are_the_positions_in_them(tmp_path, block_size):
+    write_tokens(tmp_path / 'data', PYTHON * 3)
+    tokens = Tokens(tmp_path / 'data', 'val', block_size, 257)
+    names, (column,) = label_windows(tokens, np.array([0]), encoding('bytes'), 'python')['position']
+    assert names == [f'{places.min()}–{places.max()}' for places in (np.flatnonzero(column == i) for i in range(8))]
 
 
 def test_english_has_sentences_and_no_brackets(tmp_path):
