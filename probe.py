@@ -14,7 +14,8 @@ A probe is told some dimensions of a stream after a sublayer, for one token, and
 - Training and test side share neither a document nor a window: attention would carry one document into the next.
 - A dimension is centred on its training median, divided by its interquartile range, and passed through asinh: divided by a standard deviation that
   the start token alone makes large, all other tokens would be one point.
-- Balanced accuracy is the mean recall over the classes on the test side: of 1,024 tokens one is the first, so that accuracy says nothing there.
+- Balanced accuracy is the mean recall over the classes on the test side, of the class that would be most probable if all were equally frequent
+  (its probability over its share of the training side): of 1,024 tokens one is the first, so that accuracy says nothing there.
 - A seed draws the split, the tokens, the random dimensions, the first weights and the shuffling. Intervals are the smallest and the largest over
   the seeds: their splits overlap, so that nothing narrower would be honest.
 
@@ -38,7 +39,8 @@ from data.loader import atomic_write, encoding, philox, read_meta
 from measure import Statistics, collect, figure, hooked, number, open_runs
 from model import RESIDUALS, UserError, build_model
 
-HIDDEN, STEPS, LEARNING_RATE, WEIGHT_DECAY = 32, 300, 0.01, 0.1  # of every probe; AdamW on all training tokens at once, the rate falling to 0 along a cosine
+HIDDEN, STEPS = 32, 200  # units of the hidden layer; steps of AdamW on all training tokens at once
+ADAMW = {'linear': dict(lr=0.1, weight_decay=0), 'hidden': dict(lr=0.03, weight_decay=0.5)}  # the rate falls to 0 along a cosine; biases never decay
 TEST_SHARE = 0.3   # of the windows, about
 POSITIONS = 8      # parts of equal length into which a window's positions fall
 SETS = ('mean', 'start', 'random', 'all')
@@ -88,17 +90,16 @@ def split_windows(groups, seed):
     return test
 
 
-def draw_tokens(windows, T, seed, stream):
-    """windows: numbers of the windows of one side. Returns all their tokens as places in (N · T), the first of each window before the others, in random order."""
-    places = (windows[:, None] * T + np.arange(T)).ravel()
-    first = np.where(places % T == 0, 0, 1)
-    return places[np.lexsort((philox(seed, stream).random_raw(len(places)), first))]
-
-
 def draw_samples(groups, T, seeds, count):
-    """Returns train and test, each (S, n) places in (N · T): for each seed tokens of its two sides, three quarters of `count` and one, or what there is."""
-    sides = [[draw_tokens(np.flatnonzero(split_windows(groups, seed) == side), T, seed, 1 + side) for seed in range(seeds)] for side in (False, True)]
-    return [np.stack([places[:min(share, *map(len, side))] for places in side]) for side, share in zip(sides, (count * 3 // 4, count // 4))]
+    """Returns train and test, each (S, n) places in (N · T): for each seed tokens of its two sides, three quarters of `count` and one, or what there is.
+    They are in random order, but that the first tokens of all windows come before the others."""
+    sides = [], []
+    for seed in range(seeds):
+        test = split_windows(groups, seed)
+        for side, drawn in enumerate(sides):
+            places = (np.flatnonzero(test == side)[:, None] * T + np.arange(T)).ravel()
+            drawn.append(places[np.lexsort((philox(seed, 1 + side).random_raw(len(places)), places % T != 0))])
+    return [np.stack([places[:min(share, *map(len, drawn))] for places in drawn]) for drawn, share in zip(sides, (count * 3 // 4, count // 4))]
 
 
 class Probes:
@@ -127,9 +128,13 @@ class Probes:
 
     def fit(self, x, labels):
         """labels: (S, H, n)."""
-        optimizer = torch.optim.AdamW(self.weights, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        counts = F.one_hot(labels, self.K).sum(2, keepdim=True)  # (S, H, 1, K)
+        self.log_share = (counts / labels.shape[2]).log()
+        settings = ADAMW['hidden' if self.hidden else 'linear']
+        optimizer = torch.optim.AdamW([{'params': self.weights[::2]}, {'params': self.weights[1::2], 'weight_decay': 0}], **settings)
         for step in range(STEPS):
-            optimizer.param_groups[0]['lr'] = LEARNING_RATE * (1 + math.cos(math.pi * step / STEPS)) / 2
+            for group in optimizer.param_groups:
+                group['lr'] = settings['lr'] * (1 + math.cos(math.pi * step / STEPS)) / 2
             loss = F.cross_entropy(self.logits(x).flatten(0, 2), labels.flatten(), reduction='sum') / x.shape[1]
             optimizer.zero_grad()
             loss.backward()
@@ -138,8 +143,9 @@ class Probes:
 
     @torch.no_grad()
     def predict(self, x):
-        """Returns (S, H, n): the most probable class."""
-        return self.logits(x).argmax(-1)
+        """Returns two (S, H, n): the most probable class, and the one that would be if all classes were equally frequent."""
+        logits = self.logits(x)
+        return logits.argmax(-1), (logits - self.log_share).masked_fill(self.log_share.isinf(), -math.inf).argmax(-1)
 
 
 def standardize(train, test):
@@ -150,13 +156,13 @@ def standardize(train, test):
     return [torch.asinh((x - median[:, None]) / scale) for x in (train, test)]
 
 
-def scores(predicted, labels, K):
-    """(S, H, n) both. Returns accuracy, balanced accuracy and the largest class's share, each (S, H) float64 numpy."""
-    right = predicted == labels
+def scores(predicted, fair, labels, K):
+    """predicted, fair: what Probes.predict returns; labels: (S, H, n). Returns accuracy, balanced accuracy, which is `fair`'s, and the largest
+    class's share, each (S, H) float64 numpy."""
     of_class = torch.stack([labels == k for k in range(K)], -1)                            # (S, H, n, K)
-    held, hit = of_class.sum(2).double(), (of_class & right[..., None]).sum(2).double()    # (S, H, K)
+    held, hit = of_class.sum(2).double(), (of_class & (fair == labels)[..., None]).sum(2).double()    # (S, H, K)
     balanced = torch.where(held > 0, hit / held, 0).sum(-1) / (held > 0).sum(-1)
-    return [x.cpu().numpy() for x in (right.double().mean(-1), balanced, held.max(-1).values / labels.shape[-1])]
+    return [x.cpu().numpy() for x in ((predicted == labels).double().mean(-1), balanced, held.max(-1).values / labels.shape[-1])]
 
 
 def over_seeds(values):
@@ -189,7 +195,7 @@ def probe(x, labels, samples, dims):
         train, test = standardize(*(x[side[:, :, None], columns[:, None, :]] for side in places))
         for kind, hidden in (('linear', 0), ('hidden', HIDDEN)):
             probes = Probes(S, dim.shape[1], sizes, hidden, device).fit(train, asked[0])
-            accuracy, balanced, majority = scores(probes.predict(test), asked[1], max(sizes))
+            accuracy, balanced, majority = scores(*probes.predict(test), asked[1], max(sizes))
             for i, task in enumerate(report):
                 control = i + len(report)
                 report[task]['majority'] = over_seeds(majority[:, i])
@@ -237,9 +243,9 @@ def probe_run(checkpoint, path, tokens, tokenizer, args):
     folder, starts = tokens.path.parent, tokens.fixed_starts(args.sequences)
     meta = read_meta(folder)
     language = language_of(meta if 'source' in meta else folder)
-    labels = label_windows(tokens, starts, encoding(tokenizer), language)
     groups = document_groups(tokens, starts, meta['eot'])
     samples = draw_samples(groups, T, args.seeds, args.tokens)
+    labels = label_windows(tokens, starts, encoding(tokenizer), language)
     batch_size = max(1, (16384 if args.device == 'cuda' else 4096) // T)
     statistics = collect(model, tokens, starts, batch_size, Statistics(topk=1))
     chosen = {name: choose_sublayers(statistics, name, args.sublayer) for name in names if args.stream in (name, 'all')}
@@ -247,18 +253,13 @@ def probe_run(checkpoint, path, tokens, tokenizer, args):
     streams = {name: [] for name in chosen}
     for name, sublayers in chosen.items():
         for s, why in sublayers.items():
-            if sys.stderr.isatty():
-                print(f'\r{path}: {name} after sublayer {s}', end='\033[K', file=sys.stderr, flush=True)
             dims = choose_dims(*(statistics.mean((name, s, part))[0] for part in ('magnitude', 'start')), args.top, args.seeds)
-            tasks = probe(features[name, s], labels, samples, dims)
             streams[name].append({'sublayer': s, 'kind': model.sublayers[s].kind, 'because': why, 'mean_dims': dims['mean'][0].tolist(),
-                                  'start_dims': dims['start'][0].tolist(), 'tasks': tasks})
-    if sys.stderr.isatty():
-        print('\r\033[K', end='', file=sys.stderr, flush=True)
+                                  'start_dims': dims['start'][0].tolist(), 'tasks': probe(features.pop((name, s)), labels, samples, dims)})
     return {'schema': 1, 'checkpoint': str(path), 'iter_num': checkpoint['iter_num'],
             'data': {'name': folder.name, 'split': args.split, 'language': language, 'sequences': len(starts), 'block_size': T, 'seed': 0,
                      'document_groups': int(groups.max()) + 1, 'train_tokens': samples[0].shape[1], 'test_tokens': samples[1].shape[1]},
-            'settings': {'top': args.top, 'seeds': args.seeds, 'hidden': HIDDEN, 'steps': STEPS, 'learning_rate': LEARNING_RATE, 'weight_decay': WEIGHT_DECAY},
+            'settings': {'top': args.top, 'seeds': args.seeds, 'hidden': HIDDEN, 'steps': STEPS, 'adamw': ADAMW},
             'streams': streams}
 
 
@@ -270,15 +271,15 @@ def print_run(name, report):
           'accuracy ± half its range over the seeds,\n± accuracy above shuffled labels, balanced accuracy. Majority: accuracy of the largest class')
     for stream, places in report['streams'].items():
         for place in places:
-            print(f"\n{stream} after {place['kind']} {place['sublayer']} ({place['because']}); mean: dimensions {place['mean_dims']}, start: {place['start_dims']}")
-            print(f"{'':24}{'majority':>8}" + ''.join(f'{title:>19}' for title in SETS))
+            print(f"\n{stream} after {place['kind']} {place['sublayer']} ({place['because']}); dimensions: mean {place['mean_dims']}\nstart {place['start_dims']}")
+            print(f"{'majority':>29}" + ''.join(f'{title:>20}' for title in SETS))
             for task, t in place['tasks'].items():
                 for kind in ('linear', 'hidden'):
-                    row = f"{task if kind == 'linear' else '':17}{kind:7}" + (f"{100 * t['majority']['value']:8.1f}" if kind == 'linear' else ' ' * 8)
+                    row = f"{task:16} linear{100 * t['majority']['value']:6.1f}" if kind == 'linear' else f"{'hidden':>23}{'':6}"
                     for told in SETS:
                         q = t[kind][told]
-                        half = (q['accuracy']['high'] - q['accuracy']['low']) / 2
-                        row += f"{100 * q['accuracy']['value']:7.1f}±{100 * half:.1f}{100 * q['selectivity']['value']:+6.1f}{100 * q['balanced']['value']:4.0f}".rjust(19)
+                        half = 50 * (q['accuracy']['high'] - q['accuracy']['low'])
+                        row += f"{100 * q['accuracy']['value']:.1f}±{half:.{int(half < 10)}f}{100 * q['selectivity']['value']:+6.1f}{100 * q['balanced']['value']:4.0f}".rjust(20)
                     print(row)
 
 

@@ -118,10 +118,8 @@ def read_python(text, begins_in='', anchored=True):
         elif match['operator']:
             if piece in '?$`\\' or piece == '!' and text[at + 1:at + 2] != '=' or piece > '\x7f':
                 odd.add(line)
-            closing = piece in ')]}'
-            depth -= closing and (depth > 0 or not anchored)
             close(OPERATOR, CODE, match)
-            depth += piece in '([{'
+            depth += (piece in '([{') - (piece in ')]}' and (depth > 0 or not anchored))
             before, fresh = None, False
         else:
             is_keyword = keyword.iskeyword(piece)
@@ -172,7 +170,7 @@ def read_window(ids, encoding, language):
     try:
         pieces = [b'' if i == encoding.eot_token else encoding.decode_single_token_bytes(i) for i in ids]
     except KeyError as error:
-        raise UserError(f'token id {error} is not one of the tokenizer {encoding.name}: the data were made with another') from None
+        raise UserError(f'token id {error.args[0]} is not one of the tokenizer {encoding.name}: the data were made with another') from None
     cuts = [-1, *(i for i, token in enumerate(ids) if token == encoding.eot_token), len(ids)]
     columns = []
     for i, (low, high) in enumerate(zip(cuts, cuts[1:])):
