@@ -155,6 +155,10 @@ def test_closing_brackets_whose_opening_ones_were_not_seen_raise_what_is_before_
     assert structure(ids_of('a, b]) + c\n'), BYTES)['bracket_depth'].tolist() == [2, 2, 2, 2, 2, 1, 0, 0, 0, 0, 0]
 
 
+def test_a_closing_bracket_too_many_in_a_whole_document_changes_nothing():
+    assert structure(ids_of('⏹a)b(c'), BYTES)['bracket_depth'].tolist() == [0, 0, 0, 0, 0, 1]
+
+
 def test_a_statement_closes_brackets_that_were_left_open_by_mistake():
     assert structure(ids_of('(x\nreturn y'), BYTES)['bracket_depth'].tolist() == [0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0]
 
