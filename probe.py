@@ -2,7 +2,7 @@
 What do the massive dimensions encode? Probes on a stream of a checkpoint → table, probe.json, probe.png.
 
     python probe.py --ckpt out/ledger_160m                       every stream, where its outlier is largest and at its last sublayer
-    python probe.py --ckpt out/ledger_160m --stream=C --sublayer=23 --top=1
+    python probe.py --ckpt out/ledger_demo --stream=C --tokens=2048 --seeds=2     less of it, for a CPU
 
 A probe is told some dimensions of a stream after a sublayer, for one token, and asks what the token is. What it is told:
 - mean:   the `top` dimensions of largest m_j, the mean magnitude over sequences and tokens, at that sublayer; README's fixed_dim_ratio is of the first;
@@ -16,8 +16,8 @@ A probe is told some dimensions of a stream after a sublayer, for one token, and
   the start token alone makes large, all other tokens would be one point.
 - Balanced accuracy is the mean recall over the classes on the test side, of the class that would be most probable if all were equally frequent
   (its probability over its share of the training side): of 1,024 tokens one is the first, so that accuracy says nothing there.
-- A seed draws the split, the tokens, the random dimensions, the first weights and the shuffling. Intervals are the smallest and the largest over
-  the seeds: their splits overlap, so that nothing narrower would be honest.
+- A seed draws the split, the tokens (the first of each window before the others), the random dimensions, the first weights and the shuffling.
+  Intervals are the smallest and the largest over the seeds: their splits overlap, so that nothing narrower would be honest.
 
 probe.json: {"schema": 1, "checkpoint", "iter_num", "data", "settings", "streams": {stream: [{"sublayer", "kind", "because", "mean_dims", "start_dims", "tasks":
 {task: {"classes", "majority", "linear" | "hidden": {"mean" | "start" | "random" | "all": {"accuracy", "shuffled", "selectivity", "balanced",
