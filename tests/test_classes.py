@@ -46,6 +46,7 @@ def test_python_lines_labelled_by_hand(text, expected):
 @pytest.mark.parametrize('text, expected', [
     ("The cat, isn't it?\n",            'fff.wwwp.fffff.ffp/'),
     ('He paid $1,000.50 in 1999.',      'ff.wwww.p11111111.ff.1111p'),
+    ("It's we've Kim's",             'ffff.fffff.wwwww'),
     ('“Don’t,” said O\'Neil’s dog',     'ppp' + 'f' * 7 + 'pppp.wwww.wwwwwwwwww.www'),
     ('café_naïve 3rd A.I.\n\n',         'wwwwwpwwwwww.111.fpfp//')])
 def test_english_lines_labelled_by_hand(text, expected):
