@@ -19,6 +19,7 @@ SEEDS=${SEEDS:-1337}     # all arms of the first seed come before the next
 CLOSER=${CLOSER:-1337}   # the seed whose baseline and ledger go through intervene.py and probe.py as well
 GPUS=${GPUS-0 1}         # a run at a time on each; "0 0" puts two on one; "" is the CPU
 DATASET=${DATASET:-pysource}
+SNAPSHOTS=${SNAPSHOTS:-0} # iterations whose weights are kept: 0, for the untrained model; with five that are evaluated, results/emergence/onset.py looks at them
 EXTRA=${EXTRA:-}         # settings for every run, like "--lr=6e-4": then RUNS and PACK of their own, and a folder of their own beside this one
 RUNS=${RUNS:-out}        # checkpoints
 PACK=${PACK:-out/packed} # <arm>_<scale>_<seed>/: log.jsonl, measure.json, controls.json, both for the untrained weights with _0, figures, recipe.json
@@ -97,7 +98,7 @@ train_and_measure() {  # arm, seed
   local run=$1_${SCALE}_$2 config flags command
   is_packed "$run" && return
   read -r config flags <<< "$(flags_of "$1")"
-  command="train.py config/${config}_$SCALE.py $flags --dataset=$DATASET --seed=$2 --snapshots=0 --eval_interval=$EVERY --out_dir=$RUNS/$run $EXTRA"
+  command="train.py config/${config}_$SCALE.py $flags --dataset=$DATASET --seed=$2 --snapshots=$SNAPSHOTS --eval_interval=$EVERY --out_dir=$RUNS/$run $EXTRA"
   mkdir -p "$RUNS/$run"
   if [ -e "$RUNS/$run/command" ] && [ "$(< "$RUNS/$run/command")" != "$command" ]; then
     echo "$run: $RUNS/$run was begun as: $(< "$RUNS/$run/command"): remove it, or give this one RUNS and PACK of its own"
@@ -116,6 +117,8 @@ look_closer() {  # arm, seed: the analyses that one seed is enough for
     [ -e "$tool.py" ] && [ -e "$PACK/$run/recipe.json" ] && [ ! -e "$PACK/$run/$tool.json" ] && [ -e "$RUNS/$run/ckpt.pt" ] || continue
     logged "$run" "$PYTHON" "$tool.py" --ckpt "$RUNS/$run" && add "$run" "$RUNS/$run/$tool"*.{png,json}
   done
+  [ "$(tr -cd , <<< "$SNAPSHOTS" | wc -c)" -lt 4 ] || [ -e "$PACK/$run/onset.json" ] ||
+    { logged "$run" "$PYTHON" results/emergence/onset.py --ckpt "$RUNS/$run" && add "$run" "$RUNS/$run/onset".{png,json}; }
 }
 
 work() {  # a GPU or "": takes what nobody has taken

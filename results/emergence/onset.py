@@ -1,0 +1,138 @@
+"""
+Does the outlier's onset go with a drop in the loss of some class of tokens? Looks at a run's snapshots, and at its log at the same steps.
+
+    python train.py config/baseline_160m.py --snapshots=0,128,256,512,768,1024,1536,2048,3072,4100 …
+    python results/emergence/onset.py --ckpt out/baseline_160m
+
+onset.json: for every class of predicted tokens its loss at each snapshot and the step at which half of its fall is done; for every stream the largest start ratio and
+fixed-dimension ratio over its sublayers, their half height, and Spearman's rank correlation, over the intervals between snapshots, of the growth of the ratio's
+logarithm with the class's share in the fall of the mean loss: its own fall over the mean's, since everything falls early. The p-value is that of 10,000
+permutations of the intervals, two-sided. With C classes and few intervals a small one is expected by chance in one of 1/p.
+"""
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from data.classes import CLASSES, classify, language_of
+from data.loader import Tokens, atomic_write, dataset_folder, encoding, read_meta
+from measure import HEADLINES, STREAM_STYLE, figure, number, read_log
+from model import UserError, build_model, load_checkpoint
+
+RATIOS = ('start_ratio', 'fixed_dim_ratio')
+FEWEST = 5  # snapshots: with fewer, a rank correlation over the intervals says nothing
+
+
+@torch.no_grad()
+def losses(model, tokens, starts, batch_size):
+    """Returns the loss of every prediction, (N, T) float32."""
+    device, found = next(model.parameters()).device, []
+    for i in range(0, len(starts), batch_size):
+        idx, targets = (t.to(device) for t in tokens.windows(starts[i:i + batch_size]))
+        found.append(F.cross_entropy(model(idx).flatten(0, 1), targets.flatten(), reduction='none').view_as(targets).cpu().numpy())
+    return np.concatenate(found)
+
+
+def halfway(steps, values):
+    """The step at which a series has first gone half of its way from its first to its last value, by interpolation, or None."""
+    way = (np.array(values, float) - values[0]) / (values[-1] - values[0]) if values[-1] != values[0] else np.zeros(len(values))
+    i = int((way >= 0.5).argmax())
+    return number(np.interp(0.5, way[i - 1:i + 1], steps[i - 1:i + 1])) if i else None
+
+
+def ranks(x):
+    """Ranks from 0, ties at their mean."""
+    _, place, count = np.unique(x, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count + 1) / 2)[place]
+
+
+def spearman(x, y, permutations=10_000):
+    """Returns the rank correlation and the share of permutations in which it is at least as large in magnitude; None where a side is constant."""
+    a, b = (r - r.mean() for r in (ranks(x), ranks(y)))
+    if not a.any() or not b.any():
+        return None, None
+    shuffled = np.array([np.random.default_rng(i).permutation(b) for i in range(permutations)])
+    norm = math.sqrt((a @ a) * (b @ b))
+    rho = (a @ b) / norm
+    return number(rho), number((1 + (abs(shuffled @ a) / norm > abs(rho) - 1e-12).sum()) / (1 + permutations))
+
+
+def analyse(steps, by_class, mean, ratios):
+    """steps: (n,); by_class: {class: (n,) loss}; mean: (n,) loss; ratios: {(stream, name): (n,)}. Returns what onset.json says."""
+    fall = -np.diff(mean)
+    shares = {name: -np.diff(loss) / fall for name, loss in by_class.items()}
+    return {'steps': [int(t) for t in steps], 'loss': [number(v) for v in mean],
+            'classes': {name: {'loss': [number(v) for v in loss], 'half_fall': halfway(steps, loss)} for name, loss in by_class.items()},
+            'streams': [{'stream': stream, 'ratio': name, 'values': [number(v) for v in r], 'half_height': halfway(steps, r),
+                         'with': {kind: dict(zip(('rank_correlation', 'p'), spearman(np.diff(np.log(r)), share))) for kind, share in shares.items()}}
+                        for (stream, name), r in ratios.items()]}
+
+
+def draw(name, report, path):
+    with figure(path, f'{name}: when classes of tokens are learned, and when the outlier comes', 2, 1, (7.5, 3.2)) as (above, below):
+        for i, (kind, c) in enumerate(report['classes'].items()):
+            above.plot(report['steps'], c['loss'], label=kind, marker='os^Dv<>Px'[i % 9], markersize=4, color=['#0072B2', '#E69F00', '#009E73', '#CC79A7', '#000000'][i % 5])
+        above.set(ylabel='loss (nats per token)')
+        for s in report['streams']:
+            style = {**STREAM_STYLE.get(s['stream'], {}), 'linestyle': '-' if s['ratio'] == RATIOS[0] else '--'}
+            below.plot(report['steps'], s['values'], label=f"{s['stream']}, {HEADLINES[s['ratio']]}", markersize=4, **style)
+        below.set(ylabel='ratio, largest over sublayers', xlabel='step')
+        for axis in (above, below):
+            axis.set_xscale('symlog', linthresh=100)
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=7, loc='center left', bbox_to_anchor=(1, 0.5))
+
+
+def run(args):
+    folder = Path(args.ckpt)
+    log = {line['iter']: line for line in read_log(folder / 'log.jsonl')}
+    paths = {int(path.stem[5:]): path for path in folder.glob('ckpt_*.pt') if path.stem[5:].isdecimal()}
+    steps = sorted(set(log) & set(paths))
+    if len(steps) < FEWEST:
+        raise UserError(f'{folder} holds {len(steps)} snapshots that are in its log, and this needs {FEWEST}: train with --snapshots=0,128,256,… at steps that are evaluated')
+    found = []
+    for step in steps:
+        checkpoint = load_checkpoint(paths[step])
+        model = build_model(checkpoint, paths[step], bf16_streams=False).to(args.device)
+        if step == steps[0]:
+            data = dataset_folder(args.data or checkpoint['config']['dataset'])
+            meta = read_meta(data)
+            tokens = Tokens(data, 'val', model.config.block_size, meta['vocab_size'])
+            starts, bpe = tokens.fixed_starts(args.sequences), encoding(meta['tokenizer'])
+            language = language_of(meta if 'source' in meta else data.name)
+            kinds = np.stack([classify(np.append(x, y[-1]), bpe, language)[1:] for x, y in zip(*(t.numpy() for t in tokens.windows(starts)))])
+        found.append(losses(model, tokens, starts, max(1, (8192 if args.device == 'cuda' else 2048) // model.config.block_size)))
+    by_class = {name: np.array([loss[kinds == i].mean() for loss in found]) for i, name in enumerate(CLASSES[language]) if (kinds == i).any()}
+    ratios = {(stream, name): np.array([max(log[step]['streams'][stream][name]) for step in steps]) for stream in log[steps[0]]['streams'] for name in RATIOS}
+    report = {'checkpoint': str(folder), 'sequences': len(starts), **analyse(np.array(steps), by_class, np.array([loss.mean() for loss in found]), ratios)}
+    for s in report['streams']:
+        best = min(s['with'].items(), key=lambda item: item[1]['p'] or 2)
+        print(f"{s['stream']} {HEADLINES[s['ratio']]}: half height at step {s['half_height'] or math.nan:.0f}; most like {best[0]}: "
+              f"rank correlation {best[1]['rank_correlation'] or math.nan:.2f}, p {best[1]['p'] or math.nan:.3f} over {len(steps) - 1} intervals and {len(s['with'])} classes")
+    with atomic_write(folder / 'onset.json', 'w') as file:
+        json.dump(report, file, indent=1)
+    draw(folder.name, report, folder / 'onset.png')
+    print(f'written: {folder}/onset.json, onset.png')
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description='Sets the losses of token classes beside the outlier, over the snapshots of a run.')
+    parser.add_argument('--ckpt', required=True, help='folder of a run with snapshots')
+    parser.add_argument('--sequences', type=int, default=64)
+    parser.add_argument('--data', help="dataset (default: the run's own)")
+    args = parser.parse_args(argv)
+    args.device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    try:
+        run(args)
+    except UserError as error:
+        sys.exit(f'error: {error}')
+
+
+if __name__ == '__main__':
+    main()
