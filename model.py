@@ -41,6 +41,7 @@ class GPTConfig:
     gate_rank: int = 64            # ledger: rank of the gates' maps, keeps the parameter count near the baseline's
     commit_sparsity: float = 0.02  # ledger: α, weight of the mean commit gate in the objective
     decode_gamma: float = 0.0      # ledger: γ, how much of D is decoded beside C; 1 turns a closed ledger into the baseline
+    commit_ramp: float = 1.0       # ledger: b_c starts at −4 + 8 (s / last) ** this; the larger, the later commits begin: at 64 C starts as the last D
     bf16_streams: bool = False     # True: streams are kept in bfloat16; False: in the parameters' precision
 
     def __post_init__(self):
@@ -56,6 +57,8 @@ class GPTConfig:
             raise UserError(f'n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}: every head has n_embd / n_head dimensions')
         if not 0 <= self.commit_sparsity < math.inf:
             raise UserError(f'commit_sparsity is {self.commit_sparsity}: expected 0 or more')
+        if not 0 < self.commit_ramp < math.inf:
+            raise UserError(f'commit_ramp is {self.commit_ramp}: expected a number above 0')
         if not math.isfinite(self.decode_gamma):
             raise UserError(f'decode_gamma is {self.decode_gamma}: expected a finite number')
 
@@ -180,7 +183,7 @@ class LowRank(nn.Module):
 class Ledger(nn.Module):
     """Two streams: D is rewritten by a gated delta rule along the depth, C only ever grows and alone is decoded. Vemula 2026."""
     streams, decoded = ('D', 'C'), 'C'
-    settings = ('gate_rank', 'commit_sparsity', 'decode_gamma')
+    settings = ('gate_rank', 'commit_sparsity', 'decode_gamma', 'commit_ramp')
 
     def __init__(self, config, s):
         super().__init__()
@@ -192,7 +195,7 @@ class Ledger(nn.Module):
         self.write_map = LowRank(d, r)                              # U_g V_g
         self.commit_map = LowRank(d, r)                             # U_P V_P
         self.commit_weight = nn.Parameter(torch.zeros(d))           # w_c: a vector, so that weight decay leaves it alone
-        self.commit_bias = nn.Parameter(torch.tensor([-4.0 + 8.0 * s / last]))  # b_c: early sublayers deliberate, late ones commit
+        self.commit_bias = nn.Parameter(torch.tensor([-4.0 + 8.0 * (s / last) ** config.commit_ramp]))  # b_c: early sublayers deliberate, late ones commit
 
     @staticmethod
     def start(x):

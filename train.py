@@ -44,6 +44,7 @@ class Config:
     gate_rank: int = 64            # ledger: keeps its parameter count within 8% of the baseline's
     commit_sparsity: float = 0.02  # ledger: α, the price of committing
     decode_gamma: float = 0.0      # ledger: γ, 0 decodes C alone, which is the point of the experiment
+    commit_ramp: float = 1.0       # ledger: how late along the depth commits begin, at the start of training
     bf16_streams: bool = False     # the residual streams' precision, in every arm: False is float32
     # its size
     n_layer: int = 12

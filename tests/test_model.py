@@ -216,6 +216,15 @@ def test_every_parameter_starts_at_its_constant_or_normal_with_standard_deviatio
             assert abs(p.std() / 0.02 - 1) < 5 / math.sqrt(2 * p.numel()), name
 
 
+def test_with_a_steep_ramp_C_starts_as_the_last_D_alone():
+    model = fresh(residual='ledger', n_layer=6, commit_ramp=64.0)
+    biases = [sublayer.residual.commit_bias.item() for sublayer in model.sublayers]
+    assert np.allclose(biases, [-4 + 8 * (s / 11) ** 64 for s in range(12)], atol=1e-6)
+    streams = observe(model, batch(model.config)[0])[1][-1][0]
+    D, C = (x.flatten().double() for x in (streams['D'], streams['C']))
+    assert (D @ C) / (D.norm() * C.norm()) > 0.99
+
+
 def test_a_commit_adds_the_gated_new_D_even_with_the_erase_gate_wide_open():
     model = shaken(residual='ledger')
     for sublayer in model.sublayers:
@@ -402,6 +411,7 @@ def test_flops_per_token_are_three_times_those_of_a_forward_pass(arm):
     (dict(decode_gamma='1'), "decode_gamma is '1': expected float"),
     (dict(vocab_size=0), 'vocab_size is 0: expected at least 1'),
     (dict(gate_rank=-3), 'gate_rank is -3: expected at least 1'),
+    (dict(commit_ramp=0.0), 'commit_ramp is 0.0: expected a number above 0'),
     (dict(commit_sparsity=-0.1), 'commit_sparsity is -0.1: expected 0 or more'),
 ])
 def test_a_bad_config_is_refused_in_one_sentence(settings, complaint):

@@ -5,6 +5,7 @@
 #   bash results/pysource_160m/run.sh                                                        four arms, one seed, 101M tokens each, on two GPUs
 #   SEEDS="1338 1339" bash results/pysource_160m/run.sh                                      other seeds
 #   ARMS="baseline_bias ledger_a0 ledger_a0.1 baseline_short2800" bash …                     the positive control, other doses of α, a whole cosine of 2800 steps
+#   ARMS="ledger_ramp64" bash …                                                              the ledger whose C starts as the last D
 #   LIMIT=550 TGZ=$OUT/packed.tgz bash …                                                     stops by itself after so many seconds; all that is packed, in one file
 #
 # To try it on a CPU: python data/pysource/prepare.py --stdlib --tokenizer=bytes --limit=2M --out=data/tiny
@@ -35,6 +36,7 @@ flags_of() {  # the config of an arm, and the settings that make it what its nam
     baseline_bias) echo "baseline --max_iters=$ITERS --attn_bias_kv=True" ;;
     baseline_short[0-9]*) echo "baseline --max_iters=${1#baseline_short}" ;;
     ledger_a[0-9]*) echo "ledger --max_iters=$ITERS --commit_sparsity=${1#ledger_a}" ;;
+    ledger_ramp[0-9]*) echo "ledger --max_iters=$ITERS --commit_ramp=${1#ledger_ramp}" ;;
     *) echo "$1 --max_iters=$ITERS" ;;
   esac
 }
