@@ -1,5 +1,5 @@
 """The specification of intervene.py. What an edit must do is done again by hand, in numpy and float64: `by_hand` is the whole model,
-written from DESIGN.md's formulas, and shows every stream to a function that may change it. d dimensions, S sublayers, levels 0 … S."""
+written from the formulas, and shows every stream to a function that may change it. d dimensions, S sublayers, levels 0 … S."""
 import json
 import math
 import re

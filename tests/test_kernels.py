@@ -57,9 +57,13 @@ def check_in_float32():
         assert all(error(*pair) < 3e-6 for pair in zip(found, outputs))
         for name, gradient in gradients.items():
             assert error(found_gradients[name], gradient) < 3e-5 or (found_gradients[name] - gradient).norm() < 1e-8, name
+    formula = Ledger.deliberate
     assert kernels.fast(model)
-    Ledger.update = lambda self, streams, u, y: ({'D': streams['D'] + y, 'C': streams['C'] + streams['D']}, None)
-    assert kernels.fast(model) is None
+    for changed in (lambda self, D, u, y: D + torch.sigmoid(self.write_gate(u)) * (y + self.write_map(y)),     # no erase
+                    lambda self, D, u, y: formula(self, D, u, y) - torch.sigmoid(self.write_gate(u)) * self.write_map(y),
+                    lambda self, D, u, y: formula(self, D, u.roll(1, -1), y)):
+        Ledger.deliberate = changed
+        assert kernels.fast(model) is None
 
 
 def test_the_kernels_compute_the_plain_formulas_and_their_gradients_and_notice_if_these_were_changed():
@@ -82,3 +86,10 @@ def test_on_a_gpu_the_error_against_float64_is_at_most_1_5_times_that_of_plain_b
     assert all(error(fast, right) < 1.5 * error(slow, right) + 1e-5 for fast, slow, right in zip(found, plain, outputs))
     every = lambda some: torch.cat([some[name].flatten() for name in gradients])
     assert error(every(found_gradients), every(gradients)) < 1.5 * error(every(plain_gradients), every(gradients))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('bf16_streams', [False, True])
+def test_on_a_gpu_the_160m_ledger_is_recognized_and_runs_through_the_kernels(bf16_streams):
+    import kernels
+    assert kernels.fast(shaken(n_embd=768, n_head=12, block_size=16, gate_rank=64, bf16_streams=bf16_streams).cuda())

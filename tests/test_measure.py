@@ -1,4 +1,4 @@
-"""The specification of measure.py. DESIGN.md's definitions are computed again in numpy, float64, over all of a stream at once:
+"""The specification of measure.py. The README's definitions are computed again in numpy, float64, over all of a stream at once:
 X is (S, N, T, d), sublayers × sequences × tokens × dimensions."""
 import json
 import os

@@ -1,5 +1,5 @@
 """
-The verdicts on the four published claims, by rules that were fixed before the runs (DESIGN.md §1), with every number that went into them.
+The verdicts on the four published claims, by rules that were fixed before the runs, with every number that went into them.
 
     python results/pysource_160m/verdicts.py                    the runs packed beside this file
     python results/pysource_160m/verdicts.py out/packed         those that run.sh has packed
