@@ -136,7 +136,8 @@ def bench_train(args):
     runs, ms, unshared = {}, {arm: [] for arm in args.arms}, {arm: [] for arm in args.arms}
     for arm in args.arms:
         runs[arm] = start_run(args, arm)
-        torch.compiler.reset()  # or the compilations of all arms count against one limit
+        if runs[arm].config.compile:
+            torch.compiler.reset()  # or the compilations of all arms count against one limit
         seconds_of(runs[arm], runs[arm].step, 3)
     for _ in range(args.turns):
         for arm, run in runs.items():
