@@ -34,7 +34,7 @@ import torch
 from data.loader import Tokens, atomic_write
 from measure import REPLICATES, Statistics, collect
 from model import UserError
-from train import PEAK_FLOPS, Run, read_config
+from train import Run, read_config
 
 SEQUENCES, BLOCK_SIZE, BATCHES = 64, 1024, 10_000  # of the loader; a window has a token more than its block
 GPU_TOKENS_PER_S = 1e6                             # what an H200 may come to take in
@@ -133,11 +133,9 @@ def bench_train(args):
     """Returns, for each arm, the time of train.py's step and what follows from it; the ratio is to the first arm's tokens/s."""
     alone = int(os.environ.get('WORLD_SIZE', 1)) == 1
     report = {arm: in_a_process_of_its_own(args, arm) if alone else {} for arm in args.arms}
-    runs, ms, unshared = {}, {arm: [] for arm in args.arms}, {arm: [] for arm in args.arms}
+    runs, rates, ms, unshared = {}, {}, {arm: [] for arm in args.arms}, {arm: [] for arm in args.arms}
     for arm in args.arms:
         runs[arm] = start_run(args, arm)
-        if runs[arm].config.compile:
-            torch.compiler.reset()  # or the compilations of all arms count against one limit
         seconds_of(runs[arm], runs[arm].step, 3)
     for _ in range(args.turns):
         for arm, run in runs.items():
@@ -147,17 +145,13 @@ def bench_train(args):
                 unshared[arm].append(1e3 * seconds_of(run, run.step, args.steps))
                 run.wrapped = wrapped
     for arm, run in runs.items():
-        config, median = run.config, float(np.median(ms[arm]))
-        tokens = config.batch_size * config.block_size
-        rate, flops = 1e3 * tokens / median, run.model.flops_per_token()
-        name = torch.cuda.get_device_name() if run.world.device != 'cpu' else ''
-        peak = next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
-        short = seconds_of(run, run.streams) if run.world.size == 1 else None
+        tokens, median = run.config.batch_size * run.config.block_size, float(np.median(ms[arm]))
+        speed = run.speed(1, median / 1000)
+        rates[arm] = tokens / median
         report[arm] |= {'parameters': run.model.num_params(), 'tokens_per_step': tokens, 'ms_per_step': {'median': round(median, 2), 'all': [round(x, 2) for x in ms[arm]]},
-                        'tokens_per_s': round(rate), 'TFLOP_per_s': round(rate * flops / 1e12, 2), 'share_of_peak': peak and round(rate * flops / peak / run.world.size, 4),
-                        'ratio': None, 'streams_s': short and round(short, 3),
+                        'tokens_per_s': speed['tokens_per_s'], 'TFLOP_per_s': round(1e3 * rates[arm] * run.model.flops_per_token() / 1e12, 2), 'share_of_peak': speed['mfu'],
+                        'ratio': round(rates[arm] / rates[args.arms[0]], 4), 'streams_s': round(seconds_of(run, run.streams), 3) if run.world.size == 1 else None,
                         'waiting_for_gradients': round(1 - float(np.median(unshared[arm])) / median, 4) if unshared[arm] else None}
-        report[arm]['ratio'] = round(float(np.median(ms[args.arms[0]])) * tokens / (median * runs[args.arms[0]].config.batch_size * runs[args.arms[0]].config.block_size), 4)
     return {'scale': args.scale, 'settings': args.settings, 'turns': args.turns, 'steps_a_turn': args.steps, 'processes': run.world.size, 'arms': report}
 
 

@@ -46,7 +46,8 @@ import torch.nn.functional as F
 
 from data.classes import CLASSES, classify, language_of, structure
 from data.loader import atomic_write, encoding, philox, read_meta
-from measure import (REPLICATES, Statistics, attention_sink, bootstrap_weights, figure, headline, hooked, number, open_runs, short, topk_first)
+from measure import (REPLICATES, Statistics, attention_sink, bootstrap_weights, check_seed, choose_device, command, figure, headline, hooked, number,
+                     open_output, open_runs, short, topk_first)
 from model import RESIDUALS, UserError, build_model
 
 QUANTILES = (0.9999, 0.999, 0.99, 0.9)
@@ -569,11 +570,8 @@ def parse_arguments(argv):
         raise UserError(f'--top is {args.top}, --sequences is {args.sequences}: expected at least 1 and 2')
     if args.sublayer not in ('auto', 'all') and not args.sublayer.isdecimal():
         raise UserError(f'--sublayer is {args.sublayer}: expected auto, all or a number')
-    if not 0 <= args.seed < 2**63:
-        raise UserError(f'--seed is {args.seed}: expected a whole number from 0 to 2⁶³ − 1')
-    if args.device == 'cuda' and not torch.cuda.is_available():
-        raise UserError('--device=cuda, but PyTorch sees no GPU: use --device=cpu')
-    args.device = args.device if args.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    check_seed(args)
+    choose_device(args)
     args.split, args.topk = 'val', args.top
     return args
 
@@ -581,11 +579,7 @@ def parse_arguments(argv):
 def run(argv):
     args = parse_arguments(argv)
     for name, (path, checkpoint, tokens, _) in open_runs(args).items():
-        out, suffix = (args.out / name, '') if args.out else (path.parent, path.stem.removeprefix('ckpt'))
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f'cannot write to {out} ({error.strerror}): name another folder with --out') from None
+        out, suffix = open_output(args, name, path)
         report, figured = intervene(checkpoint, path, tokens, read_meta(tokens.path.parent), args)
         with atomic_write(out / f'intervene{suffix}.json', 'w') as file:
             json.dump(report, file, separators=(',', ':'))
@@ -597,14 +591,7 @@ def run(argv):
 
 
 def main(argv=None):
-    torch.set_float32_matmul_precision('highest')  # no TF32: the numbers are float32's
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        run(argv)
-    except UserError as error:
-        sys.exit(f'error: {error}')
-    except torch.cuda.OutOfMemoryError:
-        sys.exit('error: the GPU has too little free memory for this model in float32: use --device=cpu')
+    command(run, argv)
 
 
 if __name__ == '__main__':

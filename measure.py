@@ -487,12 +487,31 @@ def parse_arguments(argv):
     for name in ('sequences', 'topk'):
         if getattr(args, name) < 1:
             raise UserError(f'--{name} is {getattr(args, name)}: expected at least 1')
+    check_seed(args)
+    choose_device(args)
+    return args
+
+
+def check_seed(args):
     if not 0 <= args.seed < 2**63:
         raise UserError(f'--seed is {args.seed}: expected a whole number from 0 to 2⁶³ − 1')
+
+
+def choose_device(args):
+    """Puts cpu or cuda in the place of --device=auto."""
     if args.device == 'cuda' and not torch.cuda.is_available():
         raise UserError('--device=cuda, but PyTorch sees no GPU: use --device=cpu')
     args.device = args.device if args.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
-    return args
+
+
+def open_output(args, name, path):
+    """Makes the folder that a run's report goes to: --out/<name>, or the checkpoint's own. Returns it and what its files' names end in: _0 for ckpt_0.pt."""
+    out, suffix = (args.out / name, '') if args.out else (path.parent, path.stem.removeprefix('ckpt'))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'cannot write to {out} ({error.strerror}): name another folder with --out') from None
+    return out, suffix
 
 
 def open_runs(args):
@@ -528,11 +547,7 @@ def run(argv):
     args = parse_arguments(argv)
     runs, reports = open_runs(args), {}
     for name, (path, checkpoint, tokens, tokenizer) in runs.items():
-        out, suffix = (args.out / name, '') if args.out else (path.parent, path.stem.removeprefix('ckpt'))
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f'cannot write to {out} ({error.strerror}): name another folder with --out') from None
+        out, suffix = open_output(args, name, path)
         reports[name], landscapes = measure(checkpoint, path, tokens, args)
         with atomic_write(out / f'measure{suffix}.json', 'w') as file:
             json.dump(reports[name], file, indent=1)
@@ -548,15 +563,20 @@ def run(argv):
         print(f'written: {os.path.relpath(out)}/comparison.png')
 
 
-def main(argv=None):
-    torch.set_float32_matmul_precision('highest')  # no TF32: the numbers are float32's
+def command(run, argv, too_large='this model in float32: use --device=cpu'):
+    """Runs run(argv) as a program: in float32 without TF32, a user's mistake and a full GPU said in one sentence."""
+    torch.set_float32_matmul_precision('highest')
     torch.backends.cudnn.allow_tf32 = False
     try:
         run(argv)
     except UserError as error:
         sys.exit(f'error: {error}')
     except torch.cuda.OutOfMemoryError:
-        sys.exit('error: the GPU has too little free memory for this model in float32: use --device=cpu')
+        sys.exit(f'error: the GPU has too little free memory for {too_large}')
+
+
+def main(argv=None):
+    command(run, argv)
 
 
 if __name__ == '__main__':

@@ -27,7 +27,6 @@ import argparse
 import json
 import math
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +35,7 @@ import torch.nn.functional as F
 
 from data.classes import CLASSES, classify, language_of, structure
 from data.loader import atomic_write, encoding, philox, read_meta
-from measure import Statistics, collect, figure, hooked, number, open_runs
+from measure import Statistics, choose_device, collect, command, figure, hooked, number, open_output, open_runs
 from model import RESIDUALS, UserError, build_model
 
 HIDDEN, STEPS = 32, 200  # units of the hidden layer; steps of AdamW on all training tokens at once
@@ -321,20 +320,14 @@ def parse_arguments(argv):
     for name, least in (('top', 1), ('sequences', 2), ('tokens', 64), ('seeds', 1)):
         if getattr(args, name) < least:
             raise UserError(f'--{name} is {getattr(args, name)}: expected at least {least}')
-    if args.device == 'cuda' and not torch.cuda.is_available():
-        raise UserError('--device=cuda, but PyTorch sees no GPU: use --device=cpu')
-    args.device = args.device if args.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    choose_device(args)
     return args
 
 
 def run(argv):
     args = parse_arguments(argv)
     for name, (path, checkpoint, tokens, tokenizer) in open_runs(args).items():
-        out, suffix = (args.out / name, '') if args.out else (path.parent, path.stem.removeprefix('ckpt'))
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f'cannot write to {out} ({error.strerror}): name another folder with --out') from None
+        out, suffix = open_output(args, name, path)
         report = probe_run(checkpoint, path, tokens, tokenizer, args)
         with atomic_write(out / f'probe{suffix}.json', 'w') as file:
             json.dump(report, file, indent=1)
@@ -344,13 +337,7 @@ def run(argv):
 
 
 def main(argv=None):
-    torch.set_float32_matmul_precision('highest')  # no TF32: the numbers are float32's
-    try:
-        run(argv)
-    except UserError as error:
-        sys.exit(f'error: {error}')
-    except torch.cuda.OutOfMemoryError:
-        sys.exit('error: the GPU has too little free memory for these probes: use fewer --sequences or --tokens, or --device=cpu')
+    command(run, argv, 'these probes: use fewer --sequences or --tokens, or --device=cpu')
 
 
 if __name__ == '__main__':

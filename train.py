@@ -270,7 +270,7 @@ class Run:
         except ImportError:  # kernels.py was deleted, or there is no Triton
             return self.model
         fast_model = fast(self.model)
-        self.say('the ledger update runs through kernels.py' if fast_model else f'kernels.py is left out: it does not compute this {self.config.residual}')
+        self.say('the ledger update runs through kernels.py' if fast_model else f'kernels.py is left out: it does not compute this {self.config.residual}, or not on this GPU')
         return fast_model or self.model
 
     def autocast(self):

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from functools import partial
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -211,7 +212,8 @@ def process(server, out, *more):
     """Starts prepare.py as a process of its own."""
     settings = f'prepare.SHARD_TOKENS, prepare.VAL_TOKENS, prepare.BLOCK = {SHARD}, {VAL}, 4096'
     code = f'from data.fineweb_edu import prepare; {settings}; prepare.main({["--tokens=250k", f"--url={server.url}", f"--out={out}", *more]})'
-    return subprocess.Popen([sys.executable, '-c', code], cwd=Path(__file__).parent.parent, stderr=subprocess.PIPE, text=True)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job that a shell runs in the background ignores SIGINT
+    return subprocess.Popen([sys.executable, '-c', code], cwd=Path(__file__).parent.parent, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
 
 
 def wait_for(condition):

@@ -17,26 +17,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.classes import CLASSES, classify, language_of
-from data.loader import Tokens, atomic_write, dataset_folder, encoding, read_meta
+from data.loader import Tokens, atomic_write, dataset_folder, read_meta
+from intervene import evaluate, label
 from measure import HEADLINES, STREAM_STYLE, figure, number, read_log
 from model import UserError, build_model, load_checkpoint
 
 RATIOS = ('start_ratio', 'fixed_dim_ratio')
 FEWEST = 5  # snapshots: with fewer, a rank correlation over the intervals says nothing
-
-
-@torch.no_grad()
-def losses(model, tokens, starts, batch_size):
-    """Returns the loss of every prediction, (N, T) float32."""
-    device, found = next(model.parameters()).device, []
-    for i in range(0, len(starts), batch_size):
-        idx, targets = (t.to(device) for t in tokens.windows(starts[i:i + batch_size]))
-        found.append(F.cross_entropy(model(idx).flatten(0, 1), targets.flatten(), reduction='none').view_as(targets).cpu().numpy())
-    return np.concatenate(found)
 
 
 def halfway(steps, values):
@@ -104,11 +93,10 @@ def run(args):
             data = dataset_folder(args.data or checkpoint['config']['dataset'])
             meta = read_meta(data)
             tokens = Tokens(data, 'val', model.config.block_size, meta['vocab_size'])
-            starts, bpe = tokens.fixed_starts(args.sequences), encoding(meta['tokenizer'])
-            language = language_of(meta if 'source' in meta else data.name)
-            kinds = np.stack([classify(np.append(x, y[-1]), bpe, language)[1:] for x, y in zip(*(t.numpy() for t in tokens.windows(starts)))])
-        found.append(losses(model, tokens, starts, max(1, (8192 if args.device == 'cuda' else 2048) // model.config.block_size)))
-    by_class = {name: np.array([loss[kinds == i].mean() for loss in found]) for i, name in enumerate(CLASSES[language]) if (kinds == i).any()}
+            starts = tokens.fixed_starts(args.sequences)
+            kinds, names = label(tokens, starts, meta)[0]['class']
+        found.append(evaluate(model, tokens, starts, (), None, max(1, (8192 if args.device == 'cuda' else 2048) // model.config.block_size))[0])
+    by_class = {name: np.array([loss[kinds == i].mean() for loss in found]) for i, name in enumerate(names) if (kinds == i).any()}
     ratios = {(stream, name): np.array([max(log[step]['streams'][stream][name]) for step in steps]) for stream in log[steps[0]]['streams'] for name in RATIOS}
     report = {'checkpoint': str(folder), 'sequences': len(starts), **analyse(np.array(steps), by_class, np.array([loss.mean() for loss in found]), ratios)}
     for s in report['streams']:

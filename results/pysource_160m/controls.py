@@ -201,14 +201,7 @@ def main(argv=None):
     if {'-h', '--help'} & set(argv):
         print(__doc__)
         return
-    torch.set_float32_matmul_precision('highest')  # no TF32: the numbers are float32's
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        run(argv)
-    except UserError as error:
-        sys.exit(f'error: {error}')
-    except torch.cuda.OutOfMemoryError:
-        sys.exit('error: the GPU has too little free memory for this model in float32: use --device=cpu')
+    measure.command(run, argv)
 
 
 if __name__ == '__main__':
