@@ -314,7 +314,7 @@ def attention(model, tokens, starts, batch_size, reference, edit, positions=()):
     statistics, device = Statistics(1), model.head.weight.device
 
     def on_qkv(layer, attend, qkv):
-        q, k, v = attend.heads(qkv)
+        q, k, v = attend.heads(*qkv.chunk(3, -1))
         statistics.add((layer, 'sink'), attention_sink(attend, q, k))
         for t in positions:
             one_hot = torch.zeros_like(k)

@@ -1,18 +1,21 @@
 """
-A faster deliberation step of the ledger for training in bfloat16 on a GPU. Optional: without this file the plain formula of model.py runs.
+A faster ledger for training in bfloat16 on a GPU. Optional: without this file the plain formulas of model.py run.
 
-    D ← D − e ⊙ k (kᵀD) + w ⊙ (y + U_g V_g y)
+    u = RMSNorm(D + λ ⊙ C),   D ← D − e ⊙ k (kᵀD) + w ⊙ (y + U_g V_g y),   C ← C + c (D + U_P V_P D)
 
-Its arithmetic is small; what costs is memory traffic: e, w and k are as large as D. Here neither they nor their gradients ever leave the
-chip. A tile of the result is computed from tiles of D and y and from a = [V_e; V_w; V_k] u, which has 3r numbers a token; backward
-computes the gates again, twice, since the gradients of a are sums over columns and those of U sums over tokens. The rest is cuBLAS's:
-- the write map is folded into the output projection: y + U_g V_g y = (W + U_g V_g W) x + (b + U_g V_g b);
-- with v = U_k a_k and G = U_kᵀU_k: ‖v‖² = a_kᵀ G a_k and kᵀD = a_kᵀ(U_kᵀD) / ‖v‖, so neither needs v;
-- the gradient of v is f · (−g ⊙ e) + h · D − 2 f h · v, with g that of the new D, f = kᵀD / ‖v‖ and h = −(g ⊙ e)ᵀv / ‖v‖².
-  Where ‖v‖ is held at 1e-12, its last part is missing.
+Its arithmetic is small; what costs is memory traffic: e, w, k and most gradients are as large as D. So
+- in the deliberation, e, w and k and their gradients never leave the chip. A tile of the result is computed from tiles of D and y and from
+  a = [V_e; V_w; V_k] u, which has 3r numbers a token; backward computes the gates again, twice, since the gradients of a are sums over
+  columns and those of U sums over tokens. With v = U_k a_k and G = U_kᵀU_k: ‖v‖² = a_kᵀ G a_k and kᵀD = a_kᵀ(U_kᵀD) / ‖v‖, so neither
+  needs v; the gradient of v is f · (−g ⊙ e) + h · D − 2 f h · v, with g that of the new D, f = kᵀD / ‖v‖ and h = −(g ⊙ e)ᵀv / ‖v‖².
+  Where ‖v‖ is held at 1e-12, its last part is missing;
+- the read hands the streams on, so that one pass over the rows of its backward adds up all that comes back through them;
+- a comes out of the product in which the sublayer reads u, the write map is folded into the one with which it writes
+  (y + U_g V_g y = (W + U_g V_g W) x + (b + U_g V_g b)), and c multiplies V_P D, which has r numbers a token, not U_P V_P D.
 
-Shapes: N = B·T tokens, d = n_embd, r = gate_rank; R is r rounded up to a power of two, for the tensor cores.
-D, y, g: (N, d); a: (N, 3r); U: (3, d, r), in the order e, w, k; be, bw: (d,); f, h, length = ‖v‖: (N,); projected = U_kᵀD, Ga = G a_k: (N, r).
+Shapes: N = B·T tokens, d = n_embd, r = gate_rank; R is r and WIDTH is d rounded up to a power of two.
+D, C, y, u, g: (N, d); a: (N, 3r), rows may lie apart; U: (3, d, r), in the order e, w, k; be, bw: (d,); f, h, last = 2 f h: (N,);
+projected = U_kᵀD, Ga = G a_k: (N, r). A name that begins with g is a gradient.
 """
 import copy
 from dataclasses import replace
@@ -26,123 +29,173 @@ import triton.language as tl
 from model import GPT, RESIDUALS, Ledger, Sublayer
 
 HALF = torch.bfloat16  # of what enters a matrix product
-# What one program does, by timing some on an H200: tiles of ROWS × COLUMNS, LOOP of them down the rows or all across the columns.
+PTX = tl.constexpr(bool(torch.version.cuda) and not triton.knobs.runtime.interpret)
+# What one program does: tiles of ROWS × COLUMNS, LOOP of them down the rows or all across the columns. results/h200/tiles.py times them.
 DELIBERATE = dict(ROWS=64, COLUMNS=64, LOOP=16, STAGES=2, num_warps=4)
 GRADIENT_A = dict(ROWS=64, COLUMNS=64, STAGES=2, num_warps=4)
 GRADIENT_U = dict(ROWS=64, COLUMNS=32, LOOP=16, STAGES=2, num_warps=4)
+GRADIENT_READ = dict(ROWS=1, LOOP=64, STAGES=2)
 
 
 @triton.jit
-def load_U(U, gate: tl.constexpr, col, d: tl.constexpr, r: tl.constexpr, R: tl.constexpr):
+def sigmoid(x):
+    if PTX:  # as tl.sigmoid, without what that does for infinities and denormal numbers: twelve instructions
+        return tl.inline_asm_elementwise('ex2.approx.ftz.f32 $0, $1; add.ftz.f32 $0, $0, 0f3F800000; rcp.approx.ftz.f32 $0, $0;', '=f,f',
+                                         [x * -1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.sigmoid(x)
+
+
+@triton.jit
+def load_U(U, gate: tl.constexpr, col, d, r: tl.constexpr, R: tl.constexpr):
     """Returns (R, COLUMNS)."""
     rank = tl.arange(0, R)
     return tl.load(U + gate * d * r + col[None, :] * r + rank[:, None], (col < d)[None, :] & (rank < r)[:, None], 0.0)
 
 
 @triton.jit
-def load_a(A, gate: tl.constexpr, row, N, r: tl.constexpr, R: tl.constexpr):
+def load_a(a, gate: tl.constexpr, row, left, apart, r: tl.constexpr, R: tl.constexpr):
     """Returns (ROWS, R)."""
     rank = tl.arange(0, R)
-    return tl.load(A + row[:, None] * (3 * r) + gate * r + rank[None, :], (row < N)[:, None] & (rank < r)[None, :], 0.0)
+    return tl.load(a + row[:, None] * apart + gate * r + rank[None, :], (row < left)[:, None] & (rank < r)[None, :], 0.0)
 
 
 @triton.jit
-def deliberate_kernel(D, Y, A, f, U, be, bw, D2, N, d: tl.constexpr, r: tl.constexpr, R: tl.constexpr,
+def deliberate_kernel(D, y, a, f, U, be, bw, D2, N, apart, d, r: tl.constexpr, R: tl.constexpr,
                       ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr):
     """D2 = D − e ⊙ v · f + w ⊙ y."""
-    col = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    col, row = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, ROWS)
     Ue, Uw, Uk = load_U(U, 0, col, d, r, R), load_U(U, 1, col, d, r, R), load_U(U, 2, col, d, r, R)
     b_e, b_w = tl.load(be + col, col < d, 0.0)[None, :], tl.load(bw + col, col < d, 0.0)[None, :]
+    at = row[:, None] * d + col[None, :]
     for i in tl.range(LOOP, num_stages=STAGES):
-        row = ((tl.program_id(1) * LOOP + i) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-        at, there = row[:, None] * d + col[None, :], (row < N)[:, None] & (col < d)[None, :]
-        x = tl.sigmoid(tl.dot(load_a(A, 0, row, N, r, R), Ue) + b_e) * tl.dot(load_a(A, 2, row, N, r, R), Uk) * tl.load(f + row, row < N, 0.0)[:, None]
-        x = tl.load(D + at, there, 0.0).to(tl.float32) - x
-        w = tl.sigmoid(tl.dot(load_a(A, 1, row, N, r, R), Uw) + b_w)
-        tl.store(D2 + at, x + w * tl.load(Y + at, there, 0.0).to(tl.float32), there)
+        first = (tl.program_id(1) * LOOP + i).to(tl.int64) * ROWS
+        left = N - first
+        there, a_row = (row < left)[:, None] & (col < d)[None, :], a + first * apart
+        x = sigmoid(tl.dot(load_a(a_row, 0, row, left, apart, r, R), Ue) + b_e) * tl.load(f + first + row, row < left, 0.0)[:, None]
+        x = tl.load(D + first * d + at, there, 0.0).to(tl.float32) - x * tl.dot(load_a(a_row, 2, row, left, apart, r, R), Uk)
+        w = sigmoid(tl.dot(load_a(a_row, 1, row, left, apart, r, R), Uw) + b_w)
+        tl.store(D2 + first * d + at, x + w * tl.load(y + first * d + at, there, 0.0).to(tl.float32), there)
 
 
 @triton.jit
-def gradient_a_kernel(g, Y, A, f, U, be, bw, projected, Ga, length, gA, h, N, d: tl.constexpr, r: tl.constexpr, R: tl.constexpr,
+def gradient_a_kernel(g, y, a, f, U, be, bw, projected, Ga, length, ga, h, last, N, apart, d: tl.constexpr, r: tl.constexpr, R: tl.constexpr,
                       ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr):
-    """The gradient of a, and h: whole rows."""
-    row, rank = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, R)
-    ae, aw, ak = load_a(A, 0, row, N, r, R), load_a(A, 1, row, N, r, R), load_a(A, 2, row, N, r, R)
-    f_row = tl.load(f + row, row < N, 0.0)[:, None]
+    """The gradient of a, h and 2 f h: whole rows."""
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    row, rank, left = tl.arange(0, ROWS), tl.arange(0, R), N - first
+    a += first * apart
+    ae, aw, ak = load_a(a, 0, row, left, apart, r, R), load_a(a, 1, row, left, apart, r, R), load_a(a, 2, row, left, apart, r, R)
+    f_row = tl.load(f + first + row, row < left, 0.0)
     ge, gw, gk = tl.zeros((ROWS, R), tl.float32), tl.zeros((ROWS, R), tl.float32), tl.zeros((ROWS, R), tl.float32)
     for j in tl.range(0, d, COLUMNS, num_stages=STAGES):
         col = j + tl.arange(0, COLUMNS)
-        at, there = row[:, None] * d + col[None, :], (row < N)[:, None] & (col < d)[None, :]
-        x = tl.load(g + at, there, 0.0).to(tl.float32)
+        at, there = row[:, None] * d + col[None, :], (row < left)[:, None] & (col < d)[None, :]
+        x = tl.load(g + first * d + at, there, 0.0).to(tl.float32)
         u = load_U(U, 1, col, d, r, R)
-        w = tl.sigmoid(tl.dot(aw, u) + tl.load(bw + col, col < d, 0.0)[None, :])
-        w = x * tl.load(Y + at, there, 0.0).to(tl.float32) * w * (1 - w)
+        w = sigmoid(tl.dot(aw, u) + tl.load(bw + col, col < d, 0.0)[None, :])
+        w = x * tl.load(y + first * d + at, there, 0.0).to(tl.float32) * w * (1 - w)
         gw += tl.dot(w.to(u.dtype), tl.trans(u))
         u = load_U(U, 0, col, d, r, R)
-        e = tl.sigmoid(tl.dot(ae, u) + tl.load(be + col, col < d, 0.0)[None, :])
+        e = sigmoid(tl.dot(ae, u) + tl.load(be + col, col < d, 0.0)[None, :])
         x = -x * e
         uk = load_U(U, 2, col, d, r, R)
         gk += tl.dot(x.to(u.dtype), tl.trans(uk))
-        x *= tl.dot(ak, uk) * f_row * (1 - e)
+        x *= tl.dot(ak, uk) * f_row[:, None] * (1 - e)
         ge += tl.dot(x.to(u.dtype), tl.trans(u))
-    at, there, norm = row[:, None] * r + rank[None, :], (row < N)[:, None] & (rank < r)[None, :], tl.load(length + row, row < N, 1.0)
+    there, norm = (row < left)[:, None] & (rank < r)[None, :], tl.load(length + first + row, row < left, 1.0)
     h_row = tl.sum(ak.to(tl.float32) * gk, 1) / (norm * norm)
-    last = tl.where(norm > 1e-12, 2.0, 0.0)[:, None] * f_row * h_row[:, None]
-    gk = f_row * gk + h_row[:, None] * tl.load(projected + at, there, 0.0).to(tl.float32) - last * tl.load(Ga + at, there, 0.0).to(tl.float32)
-    out = gA + row[:, None] * (3 * r) + rank[None, :]
-    tl.store(out, ge, there)
-    tl.store(out + r, gw, there)
-    tl.store(out + 2 * r, gk, there)
-    tl.store(h + row, h_row, row < N)
+    last_row = tl.where(norm > 1e-12, 2 * f_row * h_row, 0.0)
+    at = first * r + row[:, None] * r + rank[None, :]
+    gk = f_row[:, None] * gk + h_row[:, None] * tl.load(projected + at, there, 0.0).to(tl.float32)
+    gk -= last_row[:, None] * tl.load(Ga + at, there, 0.0).to(tl.float32)
+    at = first * (3 * r) + row[:, None] * (3 * r) + rank[None, :]
+    tl.store(ga + at, ge, there)
+    tl.store(ga + at + r, gw, there)
+    tl.store(ga + at + 2 * r, gk, there)
+    tl.store(h + first + row, h_row, row < left)
+    tl.store(last + first + row, last_row, row < left)
 
 
 @triton.jit
-def gradient_U_kernel(g, Y, D, A, f, h, length, U, be, bw, gY, gD, gU, gb, N, d: tl.constexpr, r: tl.constexpr, R: tl.constexpr,
+def gradient_U_kernel(g, y, D, a, f, h, last, U, be, bw, gy, gD, gU, gb, N, apart, d, r: tl.constexpr, R: tl.constexpr,
                       ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr):
     """The gradients of y and D, and this program's share of those of U and of the biases: its rows."""
-    col, rank = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, R)
+    col, row, rank = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, ROWS), tl.arange(0, R)
     Ue, Uw, Uk = load_U(U, 0, col, d, r, R), load_U(U, 1, col, d, r, R), load_U(U, 2, col, d, r, R)
     b_e, b_w = tl.load(be + col, col < d, 0.0)[None, :], tl.load(bw + col, col < d, 0.0)[None, :]
-    sum_e, sum_w = tl.zeros((COLUMNS,), tl.float32), tl.zeros((COLUMNS,), tl.float32)
-    ge, gw, gk = tl.zeros((COLUMNS, R), tl.float32), tl.zeros((COLUMNS, R), tl.float32), tl.zeros((COLUMNS, R), tl.float32)
+    sum_e, sum_w = tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
+    ge, gw, gk = tl.zeros((R, COLUMNS), tl.float32), tl.zeros((R, COLUMNS), tl.float32), tl.zeros((R, COLUMNS), tl.float32)
+    at = row[:, None] * d + col[None, :]
     for i in tl.range(LOOP, num_stages=STAGES):
-        row = ((tl.program_id(1) * LOOP + i) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-        at, there = row[:, None] * d + col[None, :], (row < N)[:, None] & (col < d)[None, :]
-        x = tl.load(g + at, there, 0.0).to(tl.float32)
-        f_row, h_row, norm = tl.load(f + row, row < N, 0.0)[:, None], tl.load(h + row, row < N, 0.0)[:, None], tl.load(length + row, row < N, 1.0)[:, None]
-        a = load_a(A, 1, row, N, r, R)
-        w = tl.sigmoid(tl.dot(a, Uw) + b_w)
-        tl.store(gY + at, x * w, there)
-        w = x * tl.load(Y + at, there, 0.0).to(tl.float32) * w * (1 - w)
-        sum_w += tl.sum(w, 0)
-        gw += tl.dot(tl.trans(w.to(a.dtype)), a)
-        ak = load_a(A, 2, row, N, r, R)
+        first = (tl.program_id(1) * LOOP + i).to(tl.int64) * ROWS
+        left = N - first
+        there, a_row = (row < left)[:, None] & (col < d)[None, :], a + first * apart
+        x = tl.load(g + first * d + at, there, 0.0).to(tl.float32)
+        a_gate = load_a(a_row, 1, row, left, apart, r, R)
+        w = sigmoid(tl.dot(a_gate, Uw) + b_w)
+        z = x * w
+        tl.store(gy + first * d + at, z, there)
+        z *= tl.load(y + first * d + at, there, 0.0).to(tl.float32) * (1 - w)
+        sum_w += z
+        gw += tl.dot(tl.trans(a_gate), z.to(a_gate.dtype))
+        f_row, h_row, last_row = tl.load(f + first + row, row < left, 0.0), tl.load(h + first + row, row < left, 0.0), tl.load(last + first + row, row < left, 0.0)
+        ak = load_a(a_row, 2, row, left, apart, r, R)
         v = tl.dot(ak, Uk)
-        tl.store(gD + at, x + h_row * v, there)
-        a = load_a(A, 0, row, N, r, R)
-        e = tl.sigmoid(tl.dot(a, Ue) + b_e)
-        x = -x * e * f_row
-        y = x + h_row * tl.load(D + at, there, 0.0).to(tl.float32) - tl.where(norm > 1e-12, 2.0, 0.0) * f_row * h_row * v
-        gk += tl.dot(tl.trans(y.to(a.dtype)), ak)
-        x = x * v * (1 - e)
-        sum_e += tl.sum(x, 0)
-        ge += tl.dot(tl.trans(x.to(a.dtype)), a)
-    at, there = tl.program_id(1) * 3 * d * r + col[:, None] * r + rank[None, :], (col < d)[:, None] & (rank < r)[None, :]
+        tl.store(gD + first * d + at, x + h_row[:, None] * v, there)
+        a_gate = load_a(a_row, 0, row, left, apart, r, R)
+        e = sigmoid(tl.dot(a_gate, Ue) + b_e)
+        x = -x * e * f_row[:, None]
+        z = x + h_row[:, None] * tl.load(D + first * d + at, there, 0.0).to(tl.float32) - last_row[:, None] * v
+        gk += tl.dot(tl.trans(ak), z.to(ak.dtype))
+        x *= v * (1 - e)
+        sum_e += x
+        ge += tl.dot(tl.trans(a_gate), x.to(a_gate.dtype))
+    at, there = tl.program_id(1) * 3 * d * r + col[None, :] * r + rank[:, None], (col < d)[None, :] & (rank < r)[:, None]
     tl.store(gU + at, ge, there)
     tl.store(gU + at + d * r, gw, there)
     tl.store(gU + at + 2 * d * r, gk, there)
-    tl.store(gb + tl.program_id(1) * 2 * d + col, sum_e, col < d)
-    tl.store(gb + tl.program_id(1) * 2 * d + d + col, sum_w, col < d)
+    tl.store(gb + tl.program_id(1) * 2 * d + col, tl.sum(sum_e, 0), col < d)
+    tl.store(gb + tl.program_id(1) * 2 * d + d + col, tl.sum(sum_w, 0), col < d)
+
+
+@triton.jit
+def gradient_read_kernel(gu, gs, gD, gC, D, C, scale, gain, wc, gD2, gC2, sums, N, d, eps, WIDTH: tl.constexpr,
+                         ROWS: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr):
+    """The gradients of D and C, and this program's share of those of scale, gain and wc: its rows."""
+    col, row = tl.arange(0, WIDTH), tl.arange(0, ROWS)
+    scale, gain, wc = (tl.load(scale + col, col < d, 0.0)[None, :], tl.load(gain + col, col < d, 0.0)[None, :], tl.load(wc + col, col < d, 0.0)[None, :])
+    sum_scale, sum_gain, sum_wc = tl.zeros((ROWS, WIDTH), tl.float32), tl.zeros((ROWS, WIDTH), tl.float32), tl.zeros((ROWS, WIDTH), tl.float32)
+    for i in tl.range(LOOP, num_stages=STAGES):
+        first = (tl.program_id(0) * LOOP + i).to(tl.int64) * ROWS
+        at, there = first * d + row[:, None] * d + col[None, :], (row < N - first)[:, None] & (col < d)[None, :]
+        c = tl.load(C + at, there, 0.0).to(tl.float32)
+        n = tl.load(D + at, there, 0.0).to(tl.float32) + scale * c
+        inverse = tl.rsqrt(tl.sum(n * n, 1) / d + eps)[:, None]
+        n *= inverse
+        s = tl.load(gs + first + row, row < N - first, 0.0)[:, None]
+        g = tl.load(gu + at, there, 0.0).to(tl.float32) + s * wc
+        sum_wc += s * n
+        sum_gain += g * n
+        g *= gain
+        g = inverse * (g - n * (tl.sum(g * n, 1) / d)[:, None])
+        sum_scale += g * c
+        tl.store(gD2 + at, tl.load(gD + at, there, 0.0).to(tl.float32) + g, there)
+        tl.store(gC2 + at, tl.load(gC + at, there, 0.0).to(tl.float32) + scale * g, there)
+    sums += tl.program_id(0) * 3 * d + col
+    tl.store(sums, tl.sum(sum_scale, 0), col < d)
+    tl.store(sums + d, tl.sum(sum_gain, 0), col < d)
+    tl.store(sums + 2 * d, tl.sum(sum_wc * gain, 0), col < d)
 
 
 def groups(tile, N):
     return triton.cdiv(N, tile['ROWS'] * tile.get('LOOP', 1))
 
 
-def launch(kernel, tile, tensors, y, U):
+def launch(kernel, tile, tensors, y, a, U):
     (N, d), r = y.shape, U.shape[2]
     grid = (triton.cdiv(d, tile['COLUMNS']), groups(tile, N)) if 'LOOP' in tile else (groups(tile, N),)
-    kernel[grid](*tensors, N, d, r, max(16, triton.next_power_of_2(r)), **tile)
+    kernel[grid](*tensors, N, a.stride(0), d, r, max(16, triton.next_power_of_2(r)), **tile)
 
 
 # To the compiler each launch is one opaque operation: what it returns, what it does, and what it returns once more for tracing.
@@ -150,7 +203,7 @@ def launch(kernel, tile, tensors, y, U):
 @torch.library.custom_op('ledger::deliberate', mutates_args=())
 def deliberate(D: torch.Tensor, y: torch.Tensor, a: torch.Tensor, f: torch.Tensor, U: torch.Tensor, be: torch.Tensor, bw: torch.Tensor) -> torch.Tensor:
     D2 = torch.empty_like(D)
-    launch(deliberate_kernel, DELIBERATE, (D, y, a, f, U, be, bw, D2), y, U)
+    launch(deliberate_kernel, DELIBERATE, (D, y, a, f, U, be, bw, D2), y, a, U)
     return D2
 
 
@@ -159,35 +212,77 @@ def _(D, y, a, f, U, be, bw):
     return torch.empty_like(D)
 
 
+def empty_gradients_a(a, f):
+    return a.new_empty(a.shape), torch.empty_like(f), torch.empty_like(f)
+
+
 @torch.library.custom_op('ledger::gradient_a', mutates_args=())
 def gradient_a(g: torch.Tensor, y: torch.Tensor, a: torch.Tensor, f: torch.Tensor, U: torch.Tensor, be: torch.Tensor, bw: torch.Tensor,
-               projected: torch.Tensor, Ga: torch.Tensor, length: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    outputs = torch.empty_like(a), torch.empty_like(f)
-    launch(gradient_a_kernel, GRADIENT_A, (g, y, a, f, U, be, bw, projected, Ga, length, *outputs), y, U)
+               projected: torch.Tensor, Ga: torch.Tensor, length: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    outputs = empty_gradients_a(a, f)
+    launch(gradient_a_kernel, GRADIENT_A, (g, y, a, f, U, be, bw, projected, Ga, length, *outputs), y, a, U)
     return outputs
 
 
 @gradient_a.register_fake
 def _(g, y, a, f, U, be, bw, projected, Ga, length):
-    return torch.empty_like(a), torch.empty_like(f)
+    return empty_gradients_a(a, f)
 
 
-def empty_gradients(y, D, U, be):
+def empty_gradients_U(y, D, U, be):
     n = groups(GRADIENT_U, len(y))
     return torch.empty_like(y), torch.empty_like(D), be.new_empty(n, *U.shape), be.new_empty(n, 2, len(be))
 
 
 @torch.library.custom_op('ledger::gradient_U', mutates_args=())
-def gradient_U(g: torch.Tensor, y: torch.Tensor, D: torch.Tensor, a: torch.Tensor, f: torch.Tensor, h: torch.Tensor, length: torch.Tensor, U: torch.Tensor,
+def gradient_U(g: torch.Tensor, y: torch.Tensor, D: torch.Tensor, a: torch.Tensor, f: torch.Tensor, h: torch.Tensor, last: torch.Tensor, U: torch.Tensor,
                be: torch.Tensor, bw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    outputs = empty_gradients(y, D, U, be)
-    launch(gradient_U_kernel, GRADIENT_U, (g, y, D, a, f, h, length, U, be, bw, *outputs), y, U)
+    outputs = empty_gradients_U(y, D, U, be)
+    launch(gradient_U_kernel, GRADIENT_U, (g, y, D, a, f, h, last, U, be, bw, *outputs), y, a, U)
     return outputs
 
 
 @gradient_U.register_fake
-def _(g, y, D, a, f, h, length, U, be, bw):
-    return empty_gradients(y, D, U, be)
+def _(g, y, D, a, f, h, last, U, be, bw):
+    return empty_gradients_U(y, D, U, be)
+
+
+def empty_gradients_read(D, C, gain):
+    return torch.empty_like(D), torch.empty_like(C), gain.new_empty(groups(GRADIENT_READ, D.numel() // len(gain)), 3, len(gain))
+
+
+@torch.library.custom_op('ledger::gradient_read', mutates_args=())
+def gradient_read(gu: torch.Tensor, gs: torch.Tensor, gD: torch.Tensor, gC: torch.Tensor, D: torch.Tensor, C: torch.Tensor, scale: torch.Tensor,
+                  gain: torch.Tensor, wc: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    outputs, d = empty_gradients_read(D, C, gain), len(gain)
+    width = triton.next_power_of_2(d)
+    gradient_read_kernel[(len(outputs[2]),)](gu, gs, gD, gC, D, C, scale, gain, wc, *outputs, D.numel() // d, d, eps, width, **GRADIENT_READ,
+                                             num_warps=min(16, max(1, width // 256)))
+    return outputs
+
+
+@gradient_read.register_fake
+def _(gu, gs, gD, gC, D, C, scale, gain, wc, eps):
+    return empty_gradients_read(D, C, gain)
+
+
+class Read(torch.autograd.Function):
+    """D, C: (B, T, d), any precision; scale = λ, gain, wc = w_c: (d,) float32. Returns u in bfloat16, uᵀw_c (B, T, 1) float32, and the streams."""
+
+    @staticmethod
+    def forward(ctx, D, C, scale, gain, wc, eps):
+        ctx.save_for_backward(D, C, scale, gain, wc)
+        ctx.eps = eps
+        x = D + scale * C
+        u = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain
+        # copy=True: what is converted to its own precision has no gradient under torch.compile, PyTorch 2.11
+        return u.to(HALF, copy=True), (u * wc).sum(-1, keepdim=True), D.view_as(D), C.view_as(C)
+
+    @staticmethod
+    def backward(ctx, gu, gs, gD, gC):
+        D, C, scale, gain, wc = ctx.saved_tensors
+        gD, gC, sums = gradient_read(*(g.contiguous() for g in (gu, gs, gD, gC)), D, C, scale, gain, wc, ctx.eps)
+        return gD, gC, *sums.sum(0), None
 
 
 class Deliberate(torch.autograd.Function):
@@ -208,33 +303,62 @@ class Deliberate(torch.autograd.Function):
     def backward(ctx, g):
         D, y, a, U, be, bw, projected, Ga, length, f = ctx.saved_tensors
         g = g.contiguous()
-        ga, h = gradient_a(g, y, a, f, U, be, bw, projected, Ga, length)
-        gy, gD, gU, gb = gradient_U(g, y, D, a, f, h, length, U, be, bw)
+        ga, h, last = gradient_a(g, y, a, f, U, be, bw, projected, Ga, length)
+        gy, gD, gU, gb = gradient_U(g, y, D, a, f, h, last, U, be, bw)
         return gD, gy, ga, gU.sum(0).to(U.dtype), *gb.sum(0)
 
 
+class Commit(torch.autograd.Function):
+    """D, C: (B, T, d), any precision; c: (B, T, 1) float32; p = V_P D: (B, T, r), U = U_P: (d, r), bfloat16. Returns the new C."""
+
+    @staticmethod
+    def forward(ctx, D, C, c, p, U):
+        ctx.save_for_backward(D, c, p, U)
+        with torch.autocast(D.device.type, enabled=False):
+            return (C + c * D + (c * p).to(HALF) @ U.T).to(C.dtype, copy=True)
+
+    @staticmethod
+    def backward(ctx, g):
+        D, c, p, U = ctx.saved_tensors
+        with torch.autocast(D.device.type, enabled=False):
+            z = g.to(HALF) @ U
+            gU = g.to(HALF).flatten(0, 1).T @ (c * p).to(HALF).flatten(0, 1)
+        gc = (g * D).sum(-1, keepdim=True, dtype=torch.float32) + (z * p).sum(-1, keepdim=True, dtype=torch.float32)
+        return (c * g).to(D.dtype), g, gc, (c * z).to(p.dtype), gU
+
+
 class FastSublayer(Sublayer):
-    """A ledger's sublayer that deliberates through the kernels."""
+    """A ledger's sublayer that runs through the kernels."""
 
     def forward(self, streams):
-        r, proj, shape = self.residual, self.function.proj, streams['D'].shape
-        u = self.norm(r.read(streams))
-        y = F.linear(self.function.inner(u), proj.weight + r.write_map(proj.weight.T).T, None if proj.bias is None else proj.bias + r.write_map(proj.bias))
+        r, function = self.residual, self.function
+        u, s, D, C = Read.apply(streams['D'], streams['C'], r.read_scale, self.norm.weight, r.commit_weight, self.norm.eps)
         gates = r.erase_gate, r.write_gate, r.erase_direction
-        a = F.linear(u, torch.cat([gate.V.weight for gate in gates]))
-        U = torch.stack([gate.U.weight for gate in gates]).to(HALF)
-        D = Deliberate.apply(*(x.flatten(0, 1) for x in (streams['D'], y, a)), U, r.erase_gate.U.bias, r.write_gate.U.bias)
-        updated, commit_gate = r.commit(D.view(shape), streams['C'], u)
-        return {name: x.to(streams[name].dtype) for name, x in updated.items()}, commit_gate
+        inputs, parts = (function.qkv, 3) if self.kind == 'attn' else (function.fc, 1)
+        W = torch.cat([part.weight.to(HALF) for part in (inputs, *(gate.V for gate in gates))])
+        n = len(inputs.weight)
+        *x, a = F.linear(u, W, None if inputs.bias is None else F.pad(inputs.bias, (0, len(W) - n))).split([n // parts] * parts + [len(W) - n], -1)
+        W, b = function.proj.weight, function.proj.bias
+        y = F.linear(function.inner(*x), W + r.write_map(W.T).T, None if b is None else b + r.write_map(b))
+        U = torch.stack([gate.U.weight.to(HALF) for gate in gates])
+        D = Deliberate.apply(*(x.flatten(0, 1) for x in (D, y, a)), U, r.erase_gate.U.bias, r.write_gate.U.bias).view(D.shape)
+        c = torch.sigmoid(s + r.commit_bias)
+        C = Commit.apply(D, C, c, r.commit_map.V(D), r.commit_map.U.weight.to(HALF))
+        return {'D': D, 'C': C}, c
 
 
 def as_fast(model):
-    """Returns a GPT with the parameters of `model` that deliberates through the kernels."""
+    """Returns a GPT with the parameters of `model` that runs through the kernels."""
     twin = copy.copy(model)
     twin._modules = {**model._modules, 'sublayers': nn.ModuleList(copy.copy(sublayer) for sublayer in model.sublayers)}
     for sublayer in twin.sublayers:
         sublayer.__class__ = FastSublayer
     return twin
+
+
+def outputs_and_gradients(model, idx):
+    logits = model(idx)
+    return logits.detach().flatten(), torch.cat([x.flatten() for x in torch.autograd.grad(model(idx, idx)[0], model.parameters())])
 
 
 def fast(model):
@@ -244,22 +368,19 @@ def fast(model):
     if RESIDUALS.get(config.residual) is not Ledger or config.gate_rank > 128:
         return None
     own = replace(config, n_layer=1, vocab_size=64, block_size=64)
-    small = replace(own, n_head=2, n_embd=32, gate_rank=16)  # few dimensions: every term of the formula counts
+    small = replace(own, n_head=2, n_embd=32)  # few dimensions: every term of the formula counts
     idx = torch.arange(64, device=device)[None]
     try:
-        for sizes, tolerance in ((small, 0.03), (own, 0.3)):
+        for sizes, tolerance in ((small, 0.04), (own, 0.5)):
             with torch.random.fork_rng(devices=[]), torch.no_grad():
                 plain = GPT(sizes)
                 for name, parameter in plain.named_parameters():
                     parameter += 0.2 * torch.randn_like(parameter) + 3 * name.endswith('erase_gate.U.bias')  # gates half open
-            plain.to(device)
-            expected = plain(idx).detach()
+            expected = outputs_and_gradients(plain.to(device), idx)
             with torch.autocast(device.type, HALF):
-                objective = as_fast(plain)(idx, idx)[0]
-                found = as_fast(plain)(idx).detach()
-            objective.backward()
-            if not (found - expected).norm() < tolerance * expected.norm():
+                found = outputs_and_gradients(as_fast(plain), idx)
+            if not all((x - y).norm() < tolerance * y.norm() for x, y in zip(found, expected)):
                 return None
-    except (RuntimeError, triton.runtime.errors.OutOfResources):  # a GPU that is too small for the tiles
+    except (AttributeError, TypeError, ValueError, RuntimeError, triton.runtime.errors.OutOfResources):  # other parts, or a GPU too small for the tiles
         return None
     return as_fast(model)

@@ -234,7 +234,7 @@ def collect(model, tokens, starts, batch_size, statistics, extras=False, progres
             statistics.add_stream(name, s, x)
 
     def on_qkv(layer, attention, qkv):
-        q, k, _ = attention.heads(qkv)
+        q, k, _ = attention.heads(*qkv.chunk(3, -1))
         statistics.add(('sink', layer), attention_sink(attention, q, k))
 
     device = next(model.parameters()).device

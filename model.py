@@ -100,9 +100,9 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(d // self.n_head) if config.qk_norm else nn.Identity()
         self.bias_k, self.bias_v = (nn.Parameter(torch.zeros(d)) if config.attn_bias_kv else None for _ in 'kv')  # k′, v′ of Sun et al. 2024, §4
 
-    def heads(self, qkv):
-        """qkv: (B, T, 3d), what self.qkv returns. Returns queries, keys and values, each (B, n_head, T, d / n_head)."""
-        q, k, v = qkv.unflatten(-1, (3, self.n_head, -1)).unbind(-3)
+    def heads(self, q, k, v):
+        """q, k, v: (B, T, d), the thirds of what self.qkv returns. Returns queries, keys and values, each (B, n_head, T, d / n_head)."""
+        q, k, v = (x.unflatten(-1, (self.n_head, -1)) for x in (q, k, v))
         return self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
 
     def attend(self, q, k, v, bias_v=None):
@@ -114,11 +114,11 @@ class Attention(nn.Module):
         q, k, v = (torch.cat([b.to(x.dtype).view(1, self.n_head, 1, -1).expand(len(x), -1, -1, -1), x], 2) for b, x in zip(first, (q, k, v)))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, :, 1:]
 
-    def inner(self, u):
-        return self.attend(*self.heads(self.qkv(u)), self.bias_v).transpose(1, 2).flatten(2)
+    def inner(self, q, k, v):
+        return self.attend(*self.heads(q, k, v), self.bias_v).transpose(1, 2).flatten(2)
 
     def forward(self, u):
-        return self.proj(self.inner(u))
+        return self.proj(self.inner(*self.qkv(u).chunk(3, -1)))
 
 
 class MLP(nn.Module):
@@ -129,11 +129,11 @@ class MLP(nn.Module):
         self.fc = linear(config.n_embd, config.mlp_ratio * config.n_embd, bias=True)
         self.proj = linear(config.mlp_ratio * config.n_embd, config.n_embd, bias=True)
 
-    def inner(self, u):
-        return F.gelu(self.fc(u))
+    def inner(self, x):
+        return F.gelu(x)
 
     def forward(self, u):
-        return self.proj(self.inner(u))
+        return self.proj(self.inner(self.fc(u)))
 
 
 # ---- Residual operators: one instance a sublayer. To make another: copy a class, change a line, add its name to RESIDUALS.

@@ -372,7 +372,7 @@ def test_the_sinks_and_what_a_position_adds_to_later_outputs_are_those_of_the_fo
     handle.remove()
     layer = model.sublayers[2].function
     with torch.no_grad():
-        q, k, v = (x.double().numpy() for x in layer.heads(layer.qkv(torch.from_numpy(reads[0]).float())))
+        q, k, v = (x.double().numpy() for x in layer.heads(*layer.qkv(torch.from_numpy(reads[0]).float()).chunk(3, -1)))
     if arm == 'bias':
         q, k = (np.concatenate([np.broadcast_to(first.detach().double().numpy().reshape(1, 2, 1, -1), (N, 2, 1, D // 2)), x], 2)
                 for first, x in ((0 * layer.bias_k, q), (layer.bias_k, k)))

@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 from conftest import ROOT
-from model import GPT, GPTConfig, Ledger
+from model import MLP, GPT, GPTConfig, Ledger, linear
 
 pytest.importorskip('triton', reason='kernels.py needs Triton')
 
@@ -41,29 +43,49 @@ def error(found, expected):
 ODD_SIZES = [dict(n_embd=48, n_head=3, block_size=23, gate_rank=10), dict(n_embd=72, n_head=2, block_size=27, gate_rank=33, decode_gamma=0.7)]
 
 
+class Bilinear(nn.Module):
+    """An MLP of another make, without the parts that the kernels ask for."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.left, self.right = linear(config.n_embd, config.n_embd), linear(config.n_embd, config.n_embd)
+
+    def forward(self, u):
+        return self.left(u) * self.right(u)
+
+
 def check_in_float32():
     """Run by the test below in a process of its own: Triton's interpreter has to be chosen before it is imported."""
     import kernels
+    import model as model_py
     kernels.HALF = torch.float32  # the interpreter multiplies no bfloat16
-    kernels.DELIBERATE['LOOP'] = kernels.GRADIENT_U['LOOP'] = 2  # and is slow
-    kernels.DELIBERATE['ROWS'] = kernels.GRADIENT_A['ROWS'] = kernels.GRADIENT_U['ROWS'] = 32  # 69 tokens are more than one program's work, the last one's in part
+    for tile in (kernels.DELIBERATE, kernels.GRADIENT_A, kernels.GRADIENT_U, kernels.GRADIENT_READ):
+        tile |= dict(ROWS=32, LOOP=2) if 'LOOP' in tile else dict(ROWS=32)  # 69 tokens are more than one program's work, the last one's in part
     for sizes in ODD_SIZES:
         model = shaken(**sizes)
         exact = GPT(model.config).double()
         exact.load_state_dict(model.state_dict())
         idx, targets = torch.randint(0, 31, (2, 3, model.config.block_size))
         outputs, gradients = loss_and_gradients(exact, exact, idx, targets)
-        found, found_gradients = loss_and_gradients(kernels.as_fast(model), model, idx, targets)
-        assert all(error(*pair) < 3e-6 for pair in zip(found, outputs))
-        for name, gradient in gradients.items():
-            assert error(found_gradients[name], gradient) < 3e-5 or (found_gradients[name] - gradient).norm() < 1e-8, name
-    formula = Ledger.deliberate
+        fast = kernels.as_fast(model)
+        for step in [fast] + [torch.compile(fast, backend='aot_eager', dynamic=False)] * (sizes is ODD_SIZES[0]):
+            found, found_gradients = loss_and_gradients(step, model, idx, targets)
+            assert all(error(*pair) < 3e-6 for pair in zip(found, outputs))
+            for name, gradient in gradients.items():
+                assert error(found_gradients[name], gradient) < 3e-5 or (found_gradients[name] - gradient).norm() < 1e-8, name
+    deliberate, commit = Ledger.deliberate, Ledger.commit
     assert kernels.fast(model)
-    for changed in (lambda self, D, u, y: D + torch.sigmoid(self.write_gate(u)) * (y + self.write_map(y)),     # no erase
-                    lambda self, D, u, y: formula(self, D, u, y) - torch.sigmoid(self.write_gate(u)) * self.write_map(y),
-                    lambda self, D, u, y: formula(self, D, u.roll(1, -1), y)):
-        Ledger.deliberate = changed
-        assert kernels.fast(model) is None
+    for part, method, changed in (
+            (Ledger, 'deliberate', lambda self, D, u, y: D + torch.sigmoid(self.write_gate(u)) * (y + self.write_map(y))),     # no erase
+            (Ledger, 'deliberate', lambda self, D, u, y: deliberate(self, D, u, y) - torch.sigmoid(self.write_gate(u)) * self.write_map(y)),
+            (Ledger, 'deliberate', lambda self, D, u, y: deliberate(self, D, u.roll(1, -1), y)),
+            (Ledger, 'read', lambda self, streams: streams['D']),
+            (Ledger, 'commit', lambda self, D, C, u: ({'D': D, 'C': C + commit(self, D, 0 * C, u)[1] * D}, commit(self, D, C, u)[1])),  # no map
+            (MLP, 'forward', lambda self, u: self.proj(F.relu(self.fc(u)))),
+            (model_py, 'MLP', Bilinear)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(part, method, changed)
+            assert kernels.fast(model) is None
 
 
 def test_the_kernels_compute_the_plain_formulas_and_their_gradients_and_notice_if_these_were_changed():
@@ -81,8 +103,11 @@ def test_on_a_gpu_the_error_against_float64_is_at_most_1_5_times_that_of_plain_b
     exact.load_state_dict(model.state_dict())
     idx, targets = torch.randint(0, 31, (2, 5, model.config.block_size), device='cuda')
     outputs, gradients = loss_and_gradients(exact, exact, idx, targets)
+    fast = kernels.as_fast(model)
+    if model.config.n_embd == 768:
+        fast.compile(fullgraph=True, dynamic=False)
     with torch.autocast('cuda', torch.bfloat16):
-        (plain, plain_gradients), (found, found_gradients) = (loss_and_gradients(m, model, idx, targets) for m in (model, kernels.as_fast(model)))
+        (plain, plain_gradients), (found, found_gradients) = (loss_and_gradients(m, model, idx, targets) for m in (model, fast))
     assert all(error(fast, right) < 1.5 * error(slow, right) + 1e-5 for fast, slow, right in zip(found, plain, outputs))
     every = lambda some: torch.cat([some[name].flatten() for name in gradients])
     assert error(every(found_gradients), every(gradients)) < 1.5 * error(every(plain_gradients), every(gradients))
