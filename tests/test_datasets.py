@@ -183,6 +183,11 @@ def test_a_corrupt_shard_is_downloaded_once_more(server, tmp_path, damage):
     assert is_right(tmp_path)
 
 
+def test_a_part_that_goes_while_it_is_looked_at_has_no_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, 'exists', lambda path: True)
+    assert fineweb.size_of(tmp_path / 'gone.bin') == 0
+
+
 @pytest.mark.parametrize('answer, expected, requests', [
     ('corrupt magic', 'is corrupt, twice in a row (its header is [20240521, 1, 100000], expected', 2),
     ('corrupt size', '/201022\' of its size, expected 201024 bytes from 0 on', 2),

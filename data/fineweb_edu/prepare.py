@@ -82,7 +82,10 @@ def read(response, size):
 
 
 def size_of(path):
-    return path.stat().st_size if path.exists() else 0
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # a corrupt part may go at any moment: another thread is about to fetch it once more
+        return 0
 
 
 def download(url, part, size, stop):

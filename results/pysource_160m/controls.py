@@ -6,7 +6,8 @@ What the numbers of measure.json are to be held against: other windows, other di
 Flags are measure.py's. Writes controls.json (of ckpt_0.pt, the untrained weights: controls_0.json) beside the checkpoint, or below --out:
 
     windows   the headlines of every stream, with 95% intervals, on three kinds of windows that do not overlap: `anywhere`, measure.py's own; `document`,
-              whose first token is the one after an end-of-text id; `end_of_text`, the same windows one token earlier, so that the id itself is at position 0
+              whose first token is the one after an end-of-text id; `end_of_text`, the same windows one token earlier, so that the id itself is at position 0;
+              and `anywhere_bfloat16`: `anywhere` under bfloat16 autocast with bfloat16 streams, where all else here is float32
     streams   at the sublayer where m of j* peaks, on the windows `anywhere`: m, p and p/m of j* and j0 with their ranks among the d dimensions (1: the
               largest), quantiles over the dimensions, and the ten largest by each; and the dimension of the largest m and p after every sublayer
     likeness  of the streams that are not decoded: correlation over the dimensions between their m (and p) after each sublayer and the decoded stream's after the last
@@ -20,6 +21,7 @@ control: the same averaged over 32 random dimensions.
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -130,13 +132,16 @@ def controls(checkpoint, path, tokens, eot, args):
     """Returns what controls.json holds for one checkpoint."""
     model = build_model(checkpoint, path, bf16_streams=False).to(args.device)
     operator, batch_size = RESIDUALS[model.config.residual], max(1, (16384 if args.device == 'cuda' else 4096) // tokens.block_size)
+    autocast, low = torch.autocast(torch.device(args.device).type, torch.bfloat16), build_model(checkpoint, path, bf16_streams=True).to(args.device)
     report = {'schema': 1, 'checkpoint': str(path), 'iter_num': checkpoint['iter_num'], 'model': checkpoint['model_args'],
               'data': {'name': tokens.path.parent.name, 'split': args.split, 'block_size': tokens.block_size, 'seed': args.seed}, 'windows': {}, 'streams': {}}
-    for kind, starts in window_starts(tokens, eot, args.sequences, args.seed).items():
+    kinds = window_starts(tokens, eot, args.sequences, args.seed)
+    for kind, starts in {**kinds, 'anywhere_bfloat16': kinds['anywhere']}.items():
         report['windows'][kind] = {'sequences': len(starts)}
         if len(starts) < 2:  # no interval without two
             continue
-        statistics = collect(model, tokens, starts, batch_size, Statistics(1, REPLICATES, args.seed), extras=True)
+        with autocast if kind == 'anywhere_bfloat16' else nullcontext():
+            statistics = collect(low if kind == 'anywhere_bfloat16' else model, tokens, starts, batch_size, Statistics(1, REPLICATES, args.seed), extras=True)
         entries = {name: stream_report(statistics, name, model, tokens, starts) for name in operator.streams}
         report['windows'][kind].update(loss=headline(statistics.mean('loss')), streams={
             name: {key: value for key, value in entry.items() if key != 'sublayers'} for name, entry in entries.items()})

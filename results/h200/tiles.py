@@ -1,0 +1,104 @@
+"""
+How long one sublayer's share of each kernel of kernels.py takes on this GPU, by tile: what DELIBERATE, GRADIENT_A, GRADIENT_U and
+GRADIENT_READ are chosen by.
+
+    python results/h200/tiles.py --out=results/h200/tiles.json                 64 × 1024 tokens of the 160m models, bfloat16 streams
+    python results/h200/tiles.py --width=1024 --streams=float32                290m, float32 streams
+
+Every tile computes the same random problem; what it finds must agree with the tile that kernels.py names. Times are medians of
+repeated launches on a warm device; GB/s counts the tensors as large as D alone, each once. A tile that the GPU cannot hold says so.
+"""
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import triton
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import kernels
+from data.loader import atomic_write
+
+TILES = {
+    'DELIBERATE': [dict(ROWS=64, COLUMNS=c, LOOP=n, STAGES=s, num_warps=w)
+                   for c, w, s in ((64, 4, 2), (32, 4, 2), (32, 4, 3), (128, 8, 2), (64, 8, 2), (64, 4, 1), (32, 4, 1)) for n in (8, 16)],
+    'GRADIENT_A': [dict(ROWS=rows, COLUMNS=c, STAGES=s, num_warps=w)
+                   for rows, c, w in ((64, 64, 4), (64, 32, 4), (128, 32, 8), (128, 64, 8)) for s in (1, 2, 3)],
+    'GRADIENT_U': [dict(ROWS=rows, COLUMNS=c, LOOP=n, STAGES=s, num_warps=w)
+                   for rows, c, w in ((64, 32, 4), (128, 32, 8), (64, 64, 4), (128, 64, 8)) for s in (1, 2) for n in (8, 16)],
+    'GRADIENT_READ': [dict(ROWS=rows, LOOP=n, STAGES=s) for rows, n in ((1, 64), (1, 128), (2, 32), (4, 16)) for s in (1, 2, 3, 4)],
+}
+LARGE = {'DELIBERATE': 3, 'GRADIENT_A': 2, 'GRADIENT_U': 5, 'GRADIENT_READ': 7}  # tensors as large as D, read or written
+
+
+def problem(N, d, r, streams, device):
+    """Returns what each kernel's operation is called with, by name."""
+    torch.manual_seed(0)
+    stream, half, single = (lambda *shape: torch.randn(shape, device=device).to(streams), lambda *shape: torch.randn(shape, device=device).to(kernels.HALF),
+                            lambda *shape: torch.randn(shape, device=device))
+    D, g, y, a, U = stream(N, d), stream(N, d), half(N, d), half(N, 3 * d + 3 * r)[:, 3 * d:], half(3, d, r) * r**-0.5  # a: a part of wider rows, as in training
+    be, bw, f, length = single(d), single(d), single(N), 1 + single(N).abs()
+    return {'DELIBERATE': (kernels.deliberate, (D, y, a, f, U, be, bw)),
+            'GRADIENT_A': (kernels.gradient_a, (g, y, a, f, U, be, bw, half(N, r), half(N, r), length)),
+            'GRADIENT_U': (kernels.gradient_U, (g, y, D, a, f, single(N), single(N), U, be, bw)),
+            'GRADIENT_READ': (kernels.gradient_read, (half(N, d), single(N), g, stream(N, d), D, stream(N, d), single(d), single(d), single(d), 1e-6))}
+
+
+def summed(outputs):
+    """Returns the outputs with the programs' shares added up: how many there are depends on the tile."""
+    outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+    return [(x.sum(0) if i >= 2 and x.ndim > 2 else x).double() for i, x in enumerate(outputs)]
+
+
+def ms(call, device):
+    if device == 'cuda':
+        return triton.testing.do_bench(call, warmup=20, rep=60, return_mode='median')
+    begin = time.perf_counter()  # the interpreter's time says nothing
+    call()
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--tokens', type=int, default=65536)
+    parser.add_argument('--width', type=int, default=768)
+    parser.add_argument('--rank', type=int, default=64)
+    parser.add_argument('--streams', choices=('bfloat16', 'float32'), default='bfloat16')
+    parser.add_argument('--kernels', default=','.join(TILES), help='some of them, separated by commas')
+    parser.add_argument('--out', type=Path)
+    args = parser.parse_args(argv)
+    device, found = 'cuda' if torch.cuda.is_available() else 'cpu', {}
+    calls = problem(args.tokens, args.width, args.rank, getattr(torch, args.streams), device)
+    for name in args.kernels.split(','):
+        operation, inputs = calls[name]
+        tile, named = getattr(kernels, name), dict(getattr(kernels, name))
+        expected, found[name] = summed(operation(*inputs)), []
+        for candidate in [named] + [t for t in TILES[name] if t != named]:
+            tile.clear()
+            tile.update(candidate)
+            entry = {'tile': candidate, 'named': candidate == named}
+            try:
+                entry['error'] = max(((x - y).norm() / y.norm()).item() for x, y in zip(summed(operation(*inputs)), expected))
+                entry['ms'] = round(ms(lambda: operation(*inputs), device), 4)
+                entry['GB_per_s'] = round(LARGE[name] * args.tokens * args.width * inputs[0].element_size() / entry['ms'] / 1e6)
+            except (RuntimeError, triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError) as error:
+                entry['failed'] = str(error).splitlines()[0][:120]
+            found[name].append(entry)
+            print(f"{name:14} {str(candidate):75} " + (f"{entry['ms']:8.3f} ms {entry['GB_per_s']:6} GB/s  differs by {entry['error']:.1e}" if 'ms' in entry else entry['failed'])
+                  + ('  <- kernels.py' if entry['named'] else ''), flush=True)
+        tile.clear()
+        tile.update(named)
+        best = min((e for e in found[name] if 'ms' in e), key=lambda e: e['ms'])
+        print(f"{name:14} best: {best['tile']}, {best['ms']} ms")
+    if args.out:
+        with atomic_write(args.out, 'w') as file:
+            json.dump({'command': 'python results/h200/tiles.py ' + ' '.join(argv or sys.argv[1:]), 'gpu': torch.cuda.get_device_name() if device == 'cuda' else None,
+                       'torch': torch.__version__, 'triton': triton.__version__,
+                       'commit': subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True).stdout.strip(), 'kernels': found}, file, indent=1)
+
+
+if __name__ == '__main__':
+    main()
