@@ -21,10 +21,10 @@ from train import Run, read_config
 
 def losses(config, settings, steps):
     """Returns the losses of the first steps of a run, and how it ran."""
-    torch.compiler.reset()
+    torch.compiler.reset()  # each run compiles anew: what is remembered counts against one limit
     run = Run(read_config([config, *settings]))
     found = torch.stack([run.step()[0] for _ in range(steps)])
-    return found.double().cpu(), {'micro_batch': run.micro_batch, 'kernels': run.step_model is not run.model and type(getattr(run.step_model, '_orig_mod', run.step_model).sublayers[0]).__name__}
+    return found.double().cpu(), {'micro_batch': run.micro_batch, 'sublayer': type(run.step_model.sublayers[0]).__name__}
 
 
 def main(argv=None):
@@ -33,7 +33,7 @@ def main(argv=None):
     parser.add_argument('--steps', type=int, default=200)
     parser.add_argument('--out', type=Path)
     args, settings = parser.parse_known_args(argv)
-    half = Run(read_config([args.config, *settings, '--compile=False', '--kernels=False'])).micro_batch // 2
+    half = read_config([args.config, *settings]).batch_size // 2
     runs = {'plain': ['--kernels=False'], 'plain again': ['--kernels=False'], 'half the micro_batch': ['--kernels=False', f'--micro_batch={half}'], 'kernels': []}
     report, first = {'command': 'python results/h200/same_loss.py ' + ' '.join(sys.argv[1:] if argv is None else argv), 'steps': args.steps,
                      'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else None, 'torch': torch.__version__,
