@@ -26,7 +26,7 @@ TILES = {
     'DELIBERATE': [dict(ROWS=64, COLUMNS=c, LOOP=n, STAGES=s, num_warps=w)
                    for c, w, s in ((64, 4, 2), (32, 4, 2), (32, 4, 3), (128, 8, 2), (64, 8, 2), (64, 4, 1), (32, 4, 1)) for n in (8, 16)],
     'GRADIENT_A': [dict(ROWS=rows, COLUMNS=c, STAGES=s, num_warps=w)
-                   for rows, c, w in ((64, 64, 4), (64, 32, 4), (128, 32, 8), (128, 64, 8)) for s in (1, 2, 3)],
+                   for s in (2, 1, 3) for rows, c, w in ((64, 64, 4), (64, 32, 4), (128, 32, 8), (128, 64, 8))],
     'GRADIENT_U': [dict(ROWS=rows, COLUMNS=c, LOOP=n, STAGES=s, num_warps=w)
                    for rows, c, w in ((64, 32, 4), (128, 32, 8), (64, 64, 4), (128, 64, 8)) for s in (1, 2) for n in (8, 16)],
     'GRADIENT_READ': [dict(ROWS=rows, LOOP=n, STAGES=s) for rows, n in ((1, 64), (1, 128), (2, 32), (4, 16)) for s in (1, 2, 3, 4)],
