@@ -93,6 +93,24 @@ def test_the_kernels_compute_the_plain_formulas_and_their_gradients_and_notice_i
     subprocess.run([sys.executable, '-c', code], cwd=ROOT, env={**os.environ, 'TRITON_INTERPRET': '1'}, check=True)
 
 
+@pytest.mark.parametrize('streams', ['*fp32', '*bf16'])
+def test_the_kernels_compile_for_hopper_and_fit_into_its_shared_memory(monkeypatch, streams):
+    import kernels
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+    monkeypatch.setattr(kernels, 'PTX', kernels.tl.constexpr(True))  # the branch that the interpreter never takes
+    types = {name: streams for name in ('D', 'C', 'g', 'gD', 'gC', 'D2', 'gD2', 'gC2')} | dict.fromkeys(('y', 'a', 'U', 'gy', 'gu', 'projected', 'Ga', 'ga'), '*bf16')
+    types |= dict.fromkeys(('N', 'apart', 'd'), 'i32') | {'eps': 'fp32'}
+    for kernel, tile, sizes in ((kernels.deliberate_kernel, kernels.DELIBERATE, dict(r=64, R=64)), (kernels.gradient_a_kernel, kernels.GRADIENT_A, dict(d=768, r=64, R=64)),
+                                (kernels.gradient_U_kernel, kernels.GRADIENT_U, dict(r=64, R=64)), (kernels.gradient_read_kernel, kernels.GRADIENT_READ, dict(WIDTH=1024))):
+        fixed = {**tile, **sizes}
+        options = {'num_warps': fixed.pop('num_warps', 4)}
+        arguments = {name: 'constexpr' if name in fixed else types.get(name, '*fp32') for name in kernel.arg_names}
+        source = ASTSource(kernel, arguments, {(i,): fixed[name] for i, name in enumerate(kernel.arg_names) if name in fixed},
+                           {(i,): [['tt.divisibility', 16]] for i, name in enumerate(kernel.arg_names) if name not in fixed})
+        assert compile(source, target=GPUTarget('cuda', 90, 32), options=options).metadata.shared <= 227 * 1024
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize('bf16_streams', [False, True])
 @pytest.mark.parametrize('sizes', [*ODD_SIZES, dict(n_embd=768, n_head=12, block_size=129, gate_rank=64)])
