@@ -39,7 +39,7 @@ GRADIENT_READ = dict(ROWS=1, LOOP=64, STAGES=2)
 
 @triton.jit
 def sigmoid(x):
-    if PTX:  # as tl.sigmoid, without what that does for infinities and denormal numbers: twelve instructions
+    if PTX:  # four instructions; tl.sigmoid's care for infinities and denormal numbers makes twelve
         return tl.inline_asm_elementwise('ex2.approx.ftz.f32 $0, $1; add.ftz.f32 $0, $0, 0f3F800000; rcp.approx.ftz.f32 $0, $0;', '=f,f',
                                          [x * -1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1)
     else:
@@ -357,6 +357,7 @@ def as_fast(model):
 
 
 def outputs_and_gradients(model, idx):
+    """Returns the logits and the gradients of the objective, each in one dimension."""
     logits = model(idx)
     return logits.detach().flatten(), torch.cat([x.flatten() for x in torch.autograd.grad(model(idx, idx)[0], model.parameters())])
 
@@ -371,7 +372,7 @@ def fast(model):
     small = replace(own, n_head=2, n_embd=32)  # few dimensions: every term of the formula counts
     idx = torch.arange(64, device=device)[None]
     try:
-        for sizes, tolerance in ((small, 0.04), (own, 0.5)):
+        for sizes, *tolerances in ((small, 0.03, 0.03), (own, 0.3, 0.5)):
             with torch.random.fork_rng(devices=[]), torch.no_grad():
                 plain = GPT(sizes)
                 for name, parameter in plain.named_parameters():
@@ -379,7 +380,7 @@ def fast(model):
             expected = outputs_and_gradients(plain.to(device), idx)
             with torch.autocast(device.type, HALF):
                 found = outputs_and_gradients(as_fast(plain), idx)
-            if not all((x - y).norm() < tolerance * y.norm() for x, y in zip(found, expected)):
+            if not all((x - y).norm() < tolerance * y.norm() for x, y, tolerance in zip(found, expected, tolerances)):
                 return None
     except (AttributeError, TypeError, ValueError, RuntimeError, triton.runtime.errors.OutOfResources):  # other parts, or a GPU too small for the tiles
         return None
