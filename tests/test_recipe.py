@@ -168,9 +168,15 @@ def test_controls_of_both_arms_are_written_beside_their_checkpoints_and_agree_wi
             assert all(anywhere[key] == s[key] for key in ('fixed_dim_ratio', 'start_ratio', 'start_token_concentration', 'persistence', 'dominant_dim', 'peak_sublayer'))
             assert own['dominant_dim']['concentration'] == pytest.approx(s['start_token_concentration']['value'], rel=1e-5)
             assert own['largest_start_dim'] == [sublayer['largest_start_dim'] for sublayer in s['sublayers']]
+        exact, low = report['windows']['anywhere'], report['windows']['anywhere_bfloat16']
+        assert 0 < abs(low['loss']['value'] / exact['loss']['value'] - 1) < 0.01 and low['sequences'] == exact['sequences']
+        for stream in measured['streams']:
+            a, b = (w['streams'][stream] for w in (exact, low))
+            assert a['dominant_dim'] == b['dominant_dim'] and 0 < abs(b['fixed_dim_ratio']['value'] / a['fixed_dim_ratio']['value'] - 1) < 0.02
         assert report['windows']['document']['sequences'] == 7 and report['windows']['end_of_text']['loss']['low'] < report['windows']['end_of_text']['loss']['high']
     assert ledger['likeness']['D']['m'][3].keys() == {'pearson', 'spearman'} and h['likeness'] == {}
-    assert 'written: ' in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert 'written: ' in printed and 'anywhere_bfloat16 (20)' in printed and max(len(line) for line in printed.splitlines() if line[:4] in ('    ', 'loss', 'h: s', 'C: s')) <= 110
 
 
 def test_correlations_follow_the_values_and_their_ranks():

@@ -21,7 +21,6 @@ control: the same averaged over 32 random dimensions.
 import json
 import os
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -132,7 +131,6 @@ def controls(checkpoint, path, tokens, eot, args):
     """Returns what controls.json holds for one checkpoint."""
     model = build_model(checkpoint, path, bf16_streams=False).to(args.device)
     operator, batch_size = RESIDUALS[model.config.residual], max(1, (16384 if args.device == 'cuda' else 4096) // tokens.block_size)
-    autocast, low = torch.autocast(torch.device(args.device).type, torch.bfloat16), build_model(checkpoint, path, bf16_streams=True).to(args.device)
     report = {'schema': 1, 'checkpoint': str(path), 'iter_num': checkpoint['iter_num'], 'model': checkpoint['model_args'],
               'data': {'name': tokens.path.parent.name, 'split': args.split, 'block_size': tokens.block_size, 'seed': args.seed}, 'windows': {}, 'streams': {}}
     kinds = window_starts(tokens, eot, args.sequences, args.seed)
@@ -140,8 +138,10 @@ def controls(checkpoint, path, tokens, eot, args):
         report['windows'][kind] = {'sequences': len(starts)}
         if len(starts) < 2:  # no interval without two
             continue
-        with autocast if kind == 'anywhere_bfloat16' else nullcontext():
-            statistics = collect(low if kind == 'anywhere_bfloat16' else model, tokens, starts, batch_size, Statistics(1, REPLICATES, args.seed), extras=True)
+        low = kind == 'anywhere_bfloat16'
+        with torch.autocast(args.device, torch.bfloat16, enabled=low):
+            seen = build_model(checkpoint, path, bf16_streams=True).to(args.device) if low else model
+            statistics = collect(seen, tokens, starts, batch_size, Statistics(1, REPLICATES, args.seed), extras=True)
         entries = {name: stream_report(statistics, name, model, tokens, starts) for name in operator.streams}
         report['windows'][kind].update(loss=headline(statistics.mean('loss')), streams={
             name: {key: value for key, value in entry.items() if key != 'sublayers'} for name, entry in entries.items()})
@@ -166,12 +166,15 @@ def controls(checkpoint, path, tokens, eot, args):
 def print_controls(name, report):
     """Windows against windows, the ranks of j* and j0, and the shares of what is committed."""
     print(f"\n{name}, iteration {report['iter_num']}")
-    kinds = {f"{kind} ({w['sequences']})": w for kind, w in report['windows'].items() if 'loss' in w}
-    print(f"{'':30}" + ''.join(f'{kind:26}' for kind in kinds).rstrip())
-    print(f"{'loss (nats per token)':30}" + ''.join(f"{cell(w['loss']):26}" for w in kinds.values()).rstrip())
+    seen = [(f"{kind} ({w['sequences']})", w) for kind, w in report['windows'].items() if 'loss' in w]
+    for columns in (seen[:3], seen[3:]):
+        lines = {'': [kind for kind, _ in columns], 'loss (nats per token)': [cell(w['loss']) for _, w in columns]}
+        for stream in report['streams']:
+            for key in ('start_ratio', 'start_token_concentration', 'fixed_dim_ratio', 'top1_at_start'):
+                lines[f'{stream}: {measure.HEADLINES[key]}'] = [cell(w['streams'][stream][key]) for _, w in columns]
+        for name, cells in lines.items():
+            print((f'{name:30}' + ''.join(f'{text:26}' for text in cells)).rstrip())
     for stream, s in report['streams'].items():
-        for key in ('start_ratio', 'start_token_concentration', 'fixed_dim_ratio', 'top1_at_start'):
-            print(f'{f"{stream}: {measure.HEADLINES[key]}":30}' + ''.join(f"{cell(w['streams'][stream][key]):26}" for w in kinds.values()).rstrip())
         for key, symbol in {'dominant_dim': 'j*', 'start_dim': 'j0'}.items():
             j = s[key]
             print(f"{stream}: {symbol} = {j['dim']} after sublayer {s['peak_sublayer']}: rank {j['rank_by_m']} of {s['dimensions']} by m, {j['rank_by_p']} by p, "
