@@ -29,6 +29,7 @@ step() {  # name, seconds, command: its output goes to <name>.txt and, in short,
   tail -n 8 "$OUT/$name.txt"
 }
 
+case $STEPS in *loss* | *train*) [ "$DATASET" != pysource ] || [ -e data/pysource/train.bin ] || step prepare 100 "$PYTHON" data/pysource/prepare.py ;; esac
 for what in $STEPS; do
   case $what in
     tests) step tests 400 "$PYTHON" -m pytest -q -m gpu tests ;;
@@ -40,9 +41,7 @@ for what in $STEPS; do
         step "bench_$scale" 300 "$PYTHON" bench.py --scale="$scale" --arms=baseline,ledger $MORE --out="$OUT/bench_$scale.json"
       done ;;
     measure) step bench_measure 200 "$PYTHON" bench.py --what=measure --scale="${SCALES%% *}" $MEASURE --out="$OUT/bench_measure.json" ;;
-    loss)
-      [ "$DATASET" != pysource ] || [ -e data/pysource/train.bin ] || step prepare 100 "$PYTHON" data/pysource/prepare.py
-      step same_loss 300 "$PYTHON" results/h200/same_loss.py --config="config/ledger_${SCALES%% *}.py" --dataset="$DATASET" --out="$OUT/same_loss.json" ;;
+    loss) step same_loss 300 "$PYTHON" results/h200/same_loss.py --config="config/ledger_${SCALES%% *}.py" --dataset="$DATASET" --out="$OUT/same_loss.json" ;;
     train)  # train.py on real tokens, to be held against the bench of the same batch
       for arm in baseline ledger; do
         step "train_$arm" 120 "$PYTHON" train.py "config/${arm}_${SCALES%% *}.py" --dataset="$DATASET" --batch_size=64 --bf16_streams=True $TRAIN --out_dir="out/speed_$arm"

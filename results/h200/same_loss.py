@@ -8,20 +8,19 @@ Rule: the kernels' difference is no larger than that of half the micro_batch.
 """
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from bench import machine
 from data.loader import atomic_write
 from train import Run, read_config
 
 
 def losses(config, settings, steps):
     """Returns the losses of the first steps of a run, and how it ran."""
-    torch.compiler.reset()  # each run compiles anew: what is remembered counts against one limit
     run = Run(read_config([config, *settings]))
     found = torch.stack([run.step()[0] for _ in range(steps)])
     return found.double().cpu(), {'micro_batch': run.micro_batch, 'sublayer': type(run.step_model.sublayers[0]).__name__}
@@ -35,9 +34,7 @@ def main(argv=None):
     args, settings = parser.parse_known_args(argv)
     half = read_config([args.config, *settings]).batch_size // 2
     runs = {'plain': ['--kernels=False'], 'plain again': ['--kernels=False'], 'half the micro_batch': ['--kernels=False', f'--micro_batch={half}'], 'kernels': []}
-    report, first = {'command': 'python results/h200/same_loss.py ' + ' '.join(sys.argv[1:] if argv is None else argv), 'steps': args.steps,
-                     'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else None, 'torch': torch.__version__,
-                     'commit': subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True).stdout.strip(), 'runs': {}}, None
+    report, first = {'command': 'python results/h200/same_loss.py ' + ' '.join(sys.argv[1:] if argv is None else argv), 'steps': args.steps, **machine(), 'runs': {}}, None
     for name, own in runs.items():
         found, how = losses(args.config, settings + own, args.steps)
         first = found if first is None else first

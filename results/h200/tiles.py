@@ -10,7 +10,6 @@ repeated launches on a warm device; GB/s counts the tensors as large as D alone,
 """
 import argparse
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import kernels
+from bench import machine
 from data.loader import atomic_write
 
 TILES = {
@@ -50,7 +50,7 @@ def problem(N, d, r, streams, device):
 def summed(outputs):
     """Returns the outputs with the programs' shares added up: how many there are depends on the tile."""
     outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
-    return [(x.sum(0) if i >= 2 and x.ndim > 2 else x).double() for i, x in enumerate(outputs)]
+    return [(x.sum(0) if x.ndim > 2 else x).double() for x in outputs]
 
 
 def ms(call, device):
@@ -95,9 +95,8 @@ def main(argv=None):
         print(f"{name:14} best: {best['tile']}, {best['ms']} ms")
     if args.out:
         with atomic_write(args.out, 'w') as file:
-            json.dump({'command': 'python results/h200/tiles.py ' + ' '.join(argv or sys.argv[1:]), 'gpu': torch.cuda.get_device_name() if device == 'cuda' else None,
-                       'torch': torch.__version__, 'triton': triton.__version__,
-                       'commit': subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True).stdout.strip(), 'kernels': found}, file, indent=1)
+            json.dump({'command': 'python results/h200/tiles.py ' + ' '.join(sys.argv[1:] if argv is None else argv), **machine(), 'triton': triton.__version__, 'kernels': found},
+                      file, indent=1)
 
 
 if __name__ == '__main__':

@@ -4,7 +4,7 @@ tensors of 64 × 1024 tokens, each kernel's inputs and outputs once. A floor, no
 
     python results/h200/traffic.py --out=results/h200/traffic.json        160m: baseline, ledger, ledger through kernels.py; both precisions of the streams
 
-Counted over --layers layers and scaled to n_layer; products over tokens are in, the embedding, the head and its loss are not. It reads Inductor's
+Counted is what the last of --layers layers adds, times 12: products over tokens are in, the embedding, the head and its loss are not. It reads Inductor's
 internals (PyTorch 2.13) and takes the fusions of its GPU backend, so a GPU's own version may fuse otherwise.
 """
 import argparse
@@ -30,6 +30,7 @@ from torch._inductor.scheduler import Scheduler  # noqa: E402
 from torch._inductor.virtualized import V  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from bench import machine  # noqa: E402
 from data.loader import atomic_write  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
@@ -49,31 +50,31 @@ def bytes_of(x):
 
 
 def moved(gm, inputs):
-    """Returns the bytes that each kernel of a graph reads and writes, a list; kernels of the head are left out."""
+    """Returns the bytes that the kernels of a graph read and write."""
     post_grad_passes(gm, False)
     with V.set_fake_mode(fake_tensor_prop(gm, inputs)):
         graph = GraphLowering(gm)
         with V.set_graph_handler(graph), V.set_debug_handler(DebugContext()):
             graph.run(*inputs)
-            found = []
+            found = 0
             for kernel in Scheduler(graph.operations).nodes:
                 node = kernel.node if len(kernel.get_nodes()) == 1 else None
                 if isinstance(node, ir.ExternKernel):  # by the shapes of its arguments: they may be parts of larger tensors
                     tensors = [x for x in node.inputs if isinstance(x, ir.IRNode)] + ([] if isinstance(node.layout, ir.MultiOutputLayout) else [node])
-                    found.append(sum(map(bytes_of, [node] if isinstance(node, ir.MultiOutput) else tensors)))
+                    found += sum(map(bytes_of, [node] if isinstance(node, ir.MultiOutput) else tensors))
                 else:
-                    found.append(kernel.get_read_write_buffers_sizes())
-    return [n for n in found if n < 2 * B * T * VOCAB / 4]
+                    found += kernel.get_read_write_buffers_sizes()
+    return found
 
 
 def kept(gm):
-    """Returns the bytes that the forward graph hands to backward, other than its own inputs, weights and the head's logits."""
+    """Returns the bytes that the forward graph hands to backward, other than its own inputs and the weights."""
     storages = {}
     for node in next(n for n in gm.graph.nodes if n.op == 'output').args[0]:
         while getattr(node, 'op', '') == 'call_function' and (str(node.target).split('.') + [''])[1] in VIEWS:
             node = node.args[0]
         value = getattr(node, 'meta', {}).get('val')
-        if isinstance(value, torch.Tensor) and node.op != 'placeholder' and value.ndim and value.shape[0] in (B, B * T) and value.shape[-1] < VOCAB:
+        if isinstance(value, torch.Tensor) and node.op != 'placeholder' and value.ndim and value.shape[0] in (B, B * T):
             storages[node] = value.numel() * value.element_size()
     return sum(storages.values())
 
@@ -83,11 +84,11 @@ def count(layers, fast, **settings):
     found = {}
 
     def forward(gm, inputs):
-        found.update(kept=kept(gm), forward=sum(moved(gm, inputs)))
+        found.update(kept=kept(gm), forward=moved(gm, inputs))
         return gm
 
     def backward(gm, inputs):
-        found['backward'] = sum(moved(gm, inputs))
+        found['backward'] = moved(gm, inputs)
         raise Done
 
     def partition(gm, inputs, **more):
@@ -114,7 +115,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--layers', type=int, default=3, help='at least 2: what one layer adds is a difference')
     parser.add_argument('--out', type=Path)
-    args, report = parser.parse_args(argv), {'torch': torch.__version__, 'tokens': B * T, 'GB in 12 layers': {}}
+    args, report = parser.parse_args(argv), {'command': 'python results/h200/traffic.py ' + ' '.join(sys.argv[1:] if argv is None else argv), **machine(), 'tokens': B * T, 'GB in 12 layers': {}}
     print(f"{'GB in 12 layers':44}{'forward':>10}{'backward':>10}{'kept':>10}")
     for bf16_streams in (False, True):
         for name, fast, residual in (('baseline', False, 'baseline'), ('ledger', False, 'ledger'), ('ledger through kernels.py', True, 'ledger')):
