@@ -431,7 +431,7 @@ def intervene(checkpoint, path, tokens, meta, args):
         finish(sweep, unedited, losses, reference, weights[:, :len(unedited)], {}, None)
     loss = span(weights, before.sum(1, dtype=np.float64), np.full(N, reference.T))
     report = {'schema': 1, 'checkpoint': str(path), 'iter_num': checkpoint['iter_num'], 'model': {**checkpoint['model_args'], 'parameters': model.num_params()},
-              'data': {'name': tokens.path.parent.name, 'split': 'val', 'sequences': N, 'calibration': len(starts) - N, 'sweep_sequences': max(2, N // 4),
+              'data': {'name': tokens.path.parent.name, 'split': 'val', 'sequences': N, 'calibration': len(starts) - N, 'sweep_sequences': max(2, N // 2),
                        'block_size': tokens.block_size, 'seed': args.seed},
               'evaluations': evaluations, 'loss': rounded(loss), 'perplexity': number(np.exp(loss[0])), 'sweep': sweep, 'results': results,
               'before': {name: {of[i]: {'share': number((places == i).mean()), 'loss': number(before[places == i].mean(dtype=np.float64))} for i in np.unique(places)}
