@@ -38,6 +38,7 @@ from model import RESIDUALS, UserError, load_checkpoint
 
 PUBLISHED_R2 = {'14M': 0.931, '70M': 0.968, '160M': 0.983, '410M': 0.994, '1B': 0.992, '1.4B': 0.996, '2.8B': 0.969, '6.9B': 0.995, '12B': 0.983}  # Pythia
 PARAMETERS = ('A', 'lambda', 'gamma', 't0', 'K')
+KEPT = ('max_over_median', 'top1', 'median', 'start_ratio')  # of a log, in its compact form; what is fitted is the first
 FEWEST = 8            # finite points that a fit needs: five parameters and something to be wrong about
 WIDEST = math.log(10)  # half the width of a logarithmic interval beyond which a parameter is not identifiable
 CLEARLY = 10          # of AIC: less is no evidence, after a search
@@ -70,17 +71,18 @@ def model_args(folder):
 
 
 def pack(folder):
-    """Returns the compact form of a run's log.jsonl: a dict of lists over steps, in 6 significant digits."""
+    """Returns the compact form of a run's log.jsonl: a dict of lists over steps, in 5 significant digits, with what made the run where run.json says so."""
     lines = read_log(folder / 'log.jsonl')
     if not lines:
         raise UserError(f'there is no log.jsonl in {folder}: name folders of runs, files written with --pack, or --csv=FILE')
 
     def short(values):
-        return [None if v is None else float(f'{v:.6g}') for v in values]
+        return [None if v is None else float(f'{v:.5g}') for v in values]
     try:
-        streams = {stream: {key: [short(column) for column in zip(*(line['streams'][stream][key] for line in lines))] for key in ('max_over_median', 'top1', 'median')}
+        streams = {stream: {key: [short(column) for column in zip(*(line['streams'][stream][key] for line in lines))] for key in KEPT}
                    for stream in lines[0]['streams']}
-        return {'run': folder.name, 'model_args': model_args(folder), 'steps': [line['iter'] for line in lines],
+        made = json.loads((folder / 'run.json').read_text()) if (folder / 'run.json').exists() else {}
+        return {'run': folder.name, 'model_args': model_args(folder), 'made': {key: made[key] for key in ('config', 'data_sha256') if key in made}, 'steps': [line['iter'] for line in lines],
                 'val_loss': short(line['val_loss'] for line in lines), 'streams': streams}
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f'{folder}/log.jsonl lacks the streams that train.py writes ({error}): train the run again') from None

@@ -348,7 +348,7 @@ class Run:
         """Returns the short measurement of every stream on the fixed windows, in the precision of training."""
         starts, statistics = self.fixed_starts['val'][:MEASURED_SEQUENCES], Statistics(topk=3)
         with self.autocast():
-            collect(self.model, self.tokens['val'], starts[self.world.rank::self.world.size], 16, statistics)
+            collect(self.model, self.tokens['val'], starts[self.world.rank::self.world.size], max(16, 16384 // self.config.block_size), statistics)
         if self.world.size > 1:
             parts = [None] * self.world.size
             dist.all_gather_object(parts, {name: total.cpu() for name, total in statistics.sums.items()})
