@@ -12,11 +12,13 @@ What is worth knowing before reading on:
   top1 and median, and there r = top1 / median. The two differ where sequences do: a sequence with a small median counts more in the first;
 - the curve is f(t) = A exp(−λ x) log x + K with x = γ t + t0 (the same, eq. 7). With β = λγ, τ = t0/γ, A₁ = A exp(−λ t0), A₂ = A₁ log γ it reads
   exp(−β t)(A₁ log(t + τ) + A₂) + K: two parameters are searched on a fixed grid and zoomed in on, three solved; nothing is drawn at random;
-- intervals are 95%, from the Gauss–Newton covariance of (log|A|, log λ, log γ, log t0, K) and, for the peak, the delta method; residuals are taken to be
-  independent, which those of neighbouring evaluations are not quite. The five are "not identifiable", and only the curve is reported, where one is wider than
-  a factor of ten either way, or f is not clearly (10 of AIC) better than its limits: the logarithm, as β → 0, and a first-order relaxation, as A₁ → 0;
-- early peak: the curve rises and falls by a tenth of its span or more within training; log increase: it ends at least half of its span above its start,
-  and has fallen by less than a tenth. Half height: where it first is halfway from its start to its largest value;
+- intervals are 95%, from the Gauss–Newton covariance of (log|A|, log λ, log γ, log t0, K) and, for the peak, the delta method. The five are "not identifiable",
+  and only the curve and its peak are reported, where one is wider than a factor of ten either way, as near its limit exp(−β t)(a + b t) + K, as τ → ∞, which has
+  a peak. Where f is not clearly (10 of AIC) better than its monotone limits, the logarithm, as β → 0, and a first-order relaxation, as A₁ → 0, it has no peak
+  either, and class and half height are the better limit's. Residuals are taken to be independent: those that depend on each other, as neighbouring evaluations'
+  do, make intervals too narrow and peaks that are not there, which AIC does not see;
+- early peak: the curve rises and falls by a tenth of its span or more within training; log increase: it ends at least half of its span above its start, and has
+  fallen by less than a tenth. Half height: where it first is halfway to its largest value from the lowest before that;
 - AIC = n log(RSS / n) + 2k over n steps; k counts a curve's parameters and the noise's variance: constant 2, logarithm and first order 4, second order 5, f 6.
 """
 import argparse
@@ -190,6 +192,19 @@ def residual(columns, y):
     return (y * y).sum(-1)
 
 
+def design(columns, theta, t):
+    """Returns (n, m + 1): the columns, and a constant."""
+    return np.concatenate([columns(theta, t), np.ones((1, len(t)))]).T
+
+
+def solve(columns, theta, t, y, at):
+    """Returns θ, the coefficients (m + 1,) of least squares on y at t, and the curve at other steps."""
+    basis = design(columns, theta, t)
+    scale = np.sqrt((basis**2).sum(0))
+    coefficients = np.linalg.lstsq(basis / scale, y, rcond=1e-13)[0] / scale
+    return theta, coefficients, design(columns, theta, at) @ coefficients
+
+
 def search(columns, box, t, y, points=41, starts=3):
     """y: (S, n). Returns (S, p): for each series the θ in the box with the least residual. From the lowest local minima of a grid
     the search goes on in stencils of ±2 spacings, which halve whenever their best point is not on the rim."""
@@ -239,7 +254,7 @@ def t_quantile(df):
 
 
 def five(t, theta, coefficients, rss):
-    """Returns the five parameters and the peak, each {"value", "low", "high"} or None for the peak, and the sentence that says why not, or None."""
+    """Returns the five parameters, or None, the peak, or None where none lies between the steps, each {"value", "low", "high"}, and why the five are None, or None."""
     (beta, tau), (A1, A2, K) = np.exp(theta), coefficients
     g = A2 / A1 if abs(A2) < 600 * abs(A1) else math.copysign(600, A2 * (A1 or 1))
     J = jacobian(t, beta, tau, A1 or 1e-300, g)
@@ -252,21 +267,21 @@ def five(t, theta, coefficients, rss):
     covariance = rss / (len(t) - 5) * (V.T / s**2) @ V / np.outer(size, size)
     half = t_quantile(len(t) - 5) * np.sqrt(covariance.diagonal())
     worst = int(half[:4].argmax())
+    w = lambert_w(g - math.log(beta))
+    at, peak = math.exp(w - g) - tau, None
+    if A1 > 0 and t[0] < at < t[-1]:
+        gradient = np.array([0, -(at + tau) * w / (1 + w), -at, -tau, 0])  # of the peak by the same five
+        h = t_quantile(len(t) - 5) * math.sqrt(gradient @ covariance @ gradient)
+        peak = {'value': number(at), 'low': number(at - h), 'high': number(at + h)}
     if half[worst] > WIDEST:
-        return None, None, f'not identifiable: {PARAMETERS[worst]} is known within a factor of {math.exp(min(half[worst], 99)):.0e} only'
+        known = f'known within a factor of {math.exp(half[worst]):.0e} only' if half[worst] < math.log(1e6) else 'not known at all'
+        return None, peak, f'not identifiable: {PARAMETERS[worst]} is {known}'
     values = np.array([math.log(abs(A1)) + beta * tau, math.log(beta) - g, g, math.log(tau) + g])
     parameters = {name: dict(zip(('value', 'low', 'high'), map(number, np.exp([v, v - h, v + h])))) for name, v, h in zip(PARAMETERS, values, half)}
     if A1 < 0:
         A = parameters['A']
         parameters['A'] = {'value': -A['value'], 'low': -A['high'], 'high': -A['low']}
     parameters['K'] = {'value': number(K), 'low': number(K - half[4]), 'high': number(K + half[4])}
-    peak = None
-    if A1 > 0:
-        w = lambert_w(g - math.log(beta))
-        at = math.exp(w - g) - tau
-        gradient = np.array([0, -(at + tau) * w / (1 + w), -at, -tau, 0])  # of the peak by the same five
-        h = t_quantile(len(t) - 5) * math.sqrt(gradient @ covariance @ gradient)
-        peak = {'value': number(at), 'low': number(at - h), 'high': number(at + h)}
     return parameters, peak, None
 
 
@@ -283,16 +298,15 @@ def refusal(t, r):
     return None
 
 
-def shape(t, r, values):
-    """t: steps of a dense grid; values: the fitted curve there. Returns its class, the step of its peak inside training or None, and the step of half height:
-    where it first has come half of the way from its start to its largest value, or None if it never rises."""
+def shape(t, values):
+    """t: steps of a dense grid; values: the fitted curve there. Returns its class and the step of half height, or None if it never rises."""
     top, span = int(values.argmax()), np.ptp(values)
-    rise, fall = values[top] - values[0], values[top] - values[-1]
-    peak = float(t[top]) if min(rise, fall) > 0.1 * span else None
-    half = float(t[:top + 1][values[:top + 1] >= values[0] + rise / 2][0]) if rise > 0.1 * span else None
-    if peak:
-        return 'early peak', peak, half
-    return ('log increase' if values[-1] - values[0] >= 0.5 * span and fall < 0.1 * span else 'neither'), None, half
+    low = int(values[:top + 1].argmin())
+    rise, fall = values[top] - values[low], values[top] - values[-1]
+    half = float(t[low:][values[low:] >= values[low] + rise / 2][0]) if rise > 0.1 * span else None
+    if min(rise, fall) > 0.1 * span:
+        return 'early peak', half
+    return 'log increase' if values[-1] - values[0] >= 0.5 * span and fall < 0.1 * span else 'neither', half
 
 
 def fit_group(t, y):
@@ -306,23 +320,17 @@ def fit_group(t, y):
         rss = {name: float(residual(FAMILIES[name][1](theta[i], t), r)) for name, theta in thetas.items()} | {'constant': float(total[i])}
         floor = 1e-14 * total[i]  # a perfect fit has no AIC
         aic = {name: n * math.log(max(rss[name], floor) / n) + 2 * (FAMILIES[name][0] + 1) for name in FAMILIES}
-        theta = thetas['f'][i]
-        basis = np.concatenate([columns_f(theta, t), np.ones((1, n))]).T
-        coefficients = np.linalg.lstsq(basis / (scale := np.sqrt((basis**2).sum(0))), r, rcond=1e-13)[0] / scale
-        beta, tau = np.exp(theta)
-        values = np.concatenate([columns_f(theta, dense), np.ones((1, len(dense)))]).T @ coefficients
-        preferred = min(aic, key=aic.get)
-        kind, inside, half = shape(dense, r, values)
-        parameters, peak, why = five(t, theta, coefficients, rss['f'])
         limit = min(('logarithm', 'first order'), key=aic.get)  # β = 0 and A₁ = 0
-        if parameters and aic['f'] > aic[limit] - CLEARLY:
+        clear = aic['f'] < aic[limit] - CLEARLY
+        (theta, coefficients, values), (*_, monotone) = (solve(FAMILIES[name][1], thetas[name][i], t, r, dense) for name in ('f', limit))
+        kind, half = shape(dense, values if clear else monotone)
+        parameters, peak, why = five(t, theta, coefficients, rss['f'])
+        if not clear:
             parameters, peak, why = None, None, f'not identifiable: f is not clearly better than its limit, the {limit}'
-        if aic[preferred] > aic['constant'] - CLEARLY:
-            kind, inside, half, parameters, peak, why = 'neither', None, None, None, None, 'no trend: no curve is clearly better than a constant'
-        if not (peak and t[0] < peak['value'] < t[-1]):
-            peak = inside and {'value': number(inside), 'low': None, 'high': None}
-        fits.append({'n': n, 'r2': number(1 - rss['f'] / total[i]), 'preferred': preferred, 'aic': {name: number(v) for name, v in aic.items()},
-                     'curve': {name: float(v) for name, v in zip(('beta', 'tau', 'A1', 'A2', 'K'), (beta, tau, *coefficients))},  # in full: as β → 0 they cancel
+        if min(aic.values()) > aic['constant'] - CLEARLY:
+            kind, half, parameters, peak, why = 'neither', None, None, None, 'no trend: no curve is clearly better than a constant'
+        fits.append({'n': n, 'r2': number(1 - rss['f'] / total[i]), 'preferred': min(aic, key=aic.get), 'aic': {name: number(v) for name, v in aic.items()},
+                     'curve': {name: float(v) for name, v in zip(('beta', 'tau', 'A1', 'A2', 'K'), (*np.exp(theta), *coefficients))},  # in full: as β → 0 they cancel
                      'parameters': parameters, 'note': why, 'class': kind, 'peak': peak,
                      'half_step': half, 'first': number(values[0]), 'top': number(values.max()), 'final': number(values[-1]), 'last_step': float(t[-1])})
     return fits
@@ -420,7 +428,7 @@ def r_squared(y, predicted):
 def curve_at(fit, steps):
     """(m,) the fitted curve at these steps."""
     c = fit['curve']
-    return np.concatenate([columns_f(np.log([c['beta'], c['tau']]), steps), np.ones((1, len(steps)))]).T @ [c['A1'], c['A2'], c['K']]
+    return design(columns_f, np.log([c['beta'], c['tau']]), steps) @ [c['A1'], c['A2'], c['K']]
 
 
 def regress(rows, y, arms):
@@ -479,7 +487,7 @@ def text(q, digits=3):
         return '–'
     if isinstance(q, float) and 1000 <= abs(q) < 1e6:
         return f'{q:.0f}'
-    return f'{q:.{digits}g}' if not isinstance(q, dict) else text(q['value'], digits) + (f" [{text(q['low'], 2)}, {text(q['high'], 2)}]" if q['low'] is not None else '')
+    return f'{q:.{digits}g}' if not isinstance(q, dict) else text(q['value'], digits) + f" [{text(q['low'], digits)}, {text(q['high'], digits)}]"
 
 
 def print_fits(series, fits):
@@ -490,6 +498,12 @@ def print_fits(series, fits):
         if 'r2' in f:
             print('  AIC ' + ', '.join(f"{name} (k = {FAMILIES[name][0] + 1}) {v:.1f}" + '*' * (name == f['preferred']) for name, v in f['aic'].items()))
             print('  ' + (f['note'] or ', '.join(f'{name} {text(q)}' for name, q in f['parameters'].items())))
+
+
+def ranks(x):
+    """Ranks from 0, ties at their mean."""
+    _, place, count = np.unique(x, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count + 1) / 2)[place]
 
 
 def summarize(series, fits):
@@ -519,10 +533,10 @@ def print_summary(summary):
             n, r2 = sum(s['fitted'] for s in of), sum(s['fitted'] * s['r2'] for s in of)
             line = f'{stream}: mean R² {r2 / n:.3f} over {n} sublayers of {len(of)} runs'
             both = np.array([(s['half_step'], s['loss_half_step']) for s in of if s['half_step'] and s['loss_half_step']])
-            if len(both) >= 8:
-                line += f'; half height and half of the loss: rank correlation {np.corrcoef(*both.T.argsort(1).argsort(1))[0, 1]:.2f} over {len(both)} runs'
+            if len(both) >= 8 and np.ptp(both, 0).all():
+                line += f'; half height and half of the loss: rank correlation {np.corrcoef(*map(ranks, both.T))[0, 1]:.2f} over {len(both)} runs'
             print(line)
-    print('published, Pythia, one h: ' + ', '.join(f'{size} {r2}' for size, r2 in PUBLISHED_R2.items()))
+    print('published mean R², Pythia, one h: ' + ', '.join(f'{size} {r2}' for size, r2 in PUBLISHED_R2.items()))
 
 
 def print_predictor(predictor):

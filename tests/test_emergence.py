@@ -187,6 +187,31 @@ def test_a_curve_that_does_not_bend_has_a_fit_and_no_five_parameters(name, r):
     assert found['class'] == 'log increase' and abs(found['final'] / r[-1] - 1) < 0.05
 
 
+def test_a_peak_that_a_monotone_curve_does_as_well_without_is_none_and_the_class_is_that_curves():
+    rng = np.random.RandomState(20)
+    for clean, kind in ((20 - 15 * np.exp(-STEPS / 50), 'log increase'), (5 + 15 * np.exp(-STEPS / 900), 'neither')):
+        found = [f for f in many([clean + 0.5 * clean.std() * rng.randn(len(STEPS)) for _ in range(40)]) if f['aic']['f'] > min(f['aic']['logarithm'], f['aic']['first order']) - 10]
+        fitted = np.array([emergence.curve_at(f, STEPS) for f in found])
+        assert len(found) > 20 and {f['class'] for f in found} == {kind} and not any(f['peak'] or f['parameters'] for f in found)
+        assert kind == 'neither' or (np.ptp(fitted, 1) * 0.1 < fitted.max(1) - fitted[:, -1]).sum() > 3  # f alone would have seen some
+
+
+def test_where_tau_has_no_end_the_five_are_unknown_and_the_peak_is_known_as_well_as_its_interval_says():
+    beta, a, b, rng = 1 / 800, 2, 0.02, np.random.RandomState(21)
+    clean = np.exp(-beta * STEPS) * (a + b * STEPS) + 5
+    found = many([clean + 0.03 * clean.std() * rng.randn(len(STEPS)) for _ in range(40)])
+    assert sum('A is not known at all' in (f['note'] or '') for f in found) > 30 and {f['class'] for f in found} == {'early peak'}
+    assert 0.85 <= np.mean([f['peak']['low'] <= 1 / beta - a / b <= f['peak']['high'] for f in found])
+    assert max(f['peak']['high'] - f['peak']['low'] for f in found) < 60
+
+
+def test_half_height_is_between_the_lowest_before_the_top_and_the_top_and_after_that_lowest():
+    t = np.arange(0, 101, 1.0)
+    assert emergence.shape(t, np.interp(t, [0, 20, 100], [8, 2, 10])) == ('neither', 60)  # at 6, which it has passed on its way down too
+    assert emergence.shape(t, np.interp(t, [0, 20, 100], [2, 10, 4])) == ('early peak', 10)
+    assert emergence.shape(t, 9 - t / 50) == ('neither', None)
+
+
 @pytest.mark.parametrize('t, r, note', [
     (STEPS, np.full(len(STEPS), 7.0), 'constant at 7'), (STEPS, np.zeros(len(STEPS)), 'constant at 0'), (STEPS[:2], [1, 2], '2 finite points'), ([], [], '0 finite points'),
     (STEPS, np.where(STEPS == 500, 1e6, 3 + STEPS / 1e5), 'a spike'), (STEPS, 10 + np.random.RandomState(9).randn(len(STEPS)), 'no trend')])
@@ -289,6 +314,16 @@ def test_a_law_of_the_architecture_is_found_and_the_feature_that_carries_it_name
 
 
 # ---- The command
+
+def test_ranks_of_equal_values_are_their_mean_and_of_runs_alike_nothing_is_correlated(capsys):
+    assert emergence.ranks(np.array([5, 2, 5, 9])).tolist() == [1.5, 0, 1.5, 3]
+    of = [{'stream': 'h', 'run': f'run {i}', 'sublayers': 2, 'fitted': 2, 'r2': 0.9, 'r2_least': 0.8, 'f_preferred': 1, 'identifiable': 0, 'peak': None, 'half_step': half,
+           'loss_half_step': loss, 'classes': {}} for i, (half, loss) in enumerate(zip([1, 1, 1, 1, 2, 2, 2, 2], [1, 2, 1, 2, 1, 2, 1, 2]))]
+    emergence.print_summary(of)
+    assert 'rank correlation 0.00 over 8 runs' in capsys.readouterr().out  # 0.57 if ties were in the order of the runs
+    emergence.print_summary([{**s, 'half_step': 3} for s in of])
+    assert 'rank correlation' not in capsys.readouterr().out
+
 
 def write_log(folder, model_args=None, steps=STEPS, streams=('D', 'C')):
     """A run's folder as train.py leaves it, with planted curves in two sublayers of each stream."""
