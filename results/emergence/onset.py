@@ -5,9 +5,10 @@ Does the outlier's onset go with a drop in the loss of some class of tokens? Loo
     python results/emergence/onset.py --ckpt out/baseline_160m
 
 onset.json: for every class of predicted tokens its loss at each snapshot and the step at which half of its fall is done; for every stream the largest start ratio and
-fixed-dimension ratio over its sublayers, their half height, and Spearman's rank correlation, over the intervals between snapshots, of the growth of the ratio's
-logarithm with the class's share in the fall of the mean loss: its own fall over the mean's, since everything falls early. The p-value is that of 10,000
-permutations of the intervals, two-sided. With C classes and few intervals a small one is expected by chance in one of 1/p.
+fixed-dimension ratio over its sublayers, the step at which half of their way is done, and Spearman's rank correlation, over the intervals between snapshots, of the
+growth of the ratio's logarithm with the class's share in the fall of the mean loss: its own fall over the mean's, since everything falls early. A share of nearly
+nothing is noise: intervals in which the mean falls by less than 0.01 nats, or has no finite ratio at an end, are left out. The p-value is that of 10,000 permutations
+of the intervals, two-sided. With C classes and few intervals a small one is expected by chance in one of 1/p.
 """
 import argparse
 import json
@@ -20,29 +21,29 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.loader import Tokens, atomic_write, dataset_folder, read_meta
+from emergence import ranks, text
 from intervene import evaluate, label
 from measure import HEADLINES, STREAM_STYLE, figure, number, read_log
 from model import UserError, build_model, load_checkpoint
 
 RATIOS = ('start_ratio', 'fixed_dim_ratio')
+COLOURS = ('#000000', '#E69F00', '#56B4E9', '#009E73', '#CC79A7', '#0072B2', '#D55E00', '#F0E442', '#999999')  # Okabe and Ito 2008, and grey
 FEWEST = 5  # snapshots: with fewer, a rank correlation over the intervals says nothing
+LEAST_FALL = 0.01  # nats: losses nearer than this count as matched
 
 
 def halfway(steps, values):
     """The step at which a series has first gone half of its way from its first to its last value, by interpolation, or None."""
-    way = (np.array(values, float) - values[0]) / (values[-1] - values[0]) if values[-1] != values[0] else np.zeros(len(values))
+    steps, values = np.array([(t, v) for t, v in zip(steps, values) if math.isfinite(v)] or [(0, 0)], float).T
+    way = (values - values[0]) / ((values[-1] - values[0]) or math.inf)
     i = int((way >= 0.5).argmax())
     return number(np.interp(0.5, way[i - 1:i + 1], steps[i - 1:i + 1])) if i else None
 
 
-def ranks(x):
-    """Ranks from 0, ties at their mean."""
-    _, place, count = np.unique(x, return_inverse=True, return_counts=True)
-    return (np.cumsum(count) - (count + 1) / 2)[place]
-
-
 def spearman(x, y, permutations=10_000):
-    """Returns the rank correlation and the share of permutations in which it is at least as large in magnitude; None where a side is constant."""
+    """Returns the rank correlation and the share of permutations in which it is at least as large in magnitude; None where a side is constant or short."""
+    if len(x) < FEWEST - 1:
+        return None, None
     a, b = (r - r.mean() for r in (ranks(x), ranks(y)))
     if not a.any() or not b.any():
         return None, None
@@ -54,19 +55,20 @@ def spearman(x, y, permutations=10_000):
 
 def analyse(steps, by_class, mean, ratios):
     """steps: (n,); by_class: {class: (n,) loss}; mean: (n,) loss; ratios: {(stream, name): (n,)}. Returns what onset.json says."""
-    fall = -np.diff(mean)
-    shares = {name: -np.diff(loss) / fall for name, loss in by_class.items()}
-    return {'steps': [int(t) for t in steps], 'loss': [number(v) for v in mean],
-            'classes': {name: {'loss': [number(v) for v in loss], 'half_fall': halfway(steps, loss)} for name, loss in by_class.items()},
-            'streams': [{'stream': stream, 'ratio': name, 'values': [number(v) for v in r], 'half_height': halfway(steps, r),
-                         'with': {kind: dict(zip(('rank_correlation', 'p'), spearman(np.diff(np.log(r)), share))) for kind, share in shares.items()}}
-                        for (stream, name), r in ratios.items()]}
+    fall, streams = -np.diff(mean), []
+    for (stream, name), r in ratios.items():
+        growth = np.diff(np.log(r))
+        use = (fall > LEAST_FALL) & np.isfinite(growth)
+        streams.append({'stream': stream, 'ratio': name, 'values': [number(v) for v in r], 'half_way': halfway(steps, r), 'intervals': int(use.sum()),
+                        'with': {kind: dict(zip(('rank_correlation', 'p'), spearman(growth[use], -np.diff(loss)[use] / fall[use]))) for kind, loss in by_class.items()}})
+    return {'steps': [int(t) for t in steps], 'loss': [number(v) for v in mean], 'streams': streams,
+            'classes': {name: {'loss': [number(v) for v in loss], 'half_fall': halfway(steps, loss)} for name, loss in by_class.items()}}
 
 
 def draw(name, report, path):
     with figure(path, f'{name}: when classes of tokens are learned, and when the outlier comes', 2, 1, (7.5, 3.2)) as (above, below):
         for i, (kind, c) in enumerate(report['classes'].items()):
-            above.plot(report['steps'], c['loss'], label=kind, marker='os^Dv<>Px'[i % 9], markersize=4, color=['#0072B2', '#E69F00', '#009E73', '#CC79A7', '#000000'][i % 5])
+            above.plot(report['steps'], c['loss'], label=kind, marker='os^Dv<>Px'[i % 9], markersize=4, color=COLOURS[i % 9])
         above.set(ylabel='loss (nats per token)')
         for s in report['streams']:
             style = {**STREAM_STYLE.get(s['stream'], {}), 'linestyle': '-' if s['ratio'] == RATIOS[0] else '--'}
@@ -97,12 +99,14 @@ def run(args):
             kinds, names = label(tokens, starts, meta)[0]['class']
         found.append(evaluate(model, tokens, starts, (), None, max(1, (8192 if args.device == 'cuda' else 2048) // model.config.block_size))[0])
     by_class = {name: np.array([loss[kinds == i].mean() for loss in found]) for i, name in enumerate(names) if (kinds == i).any()}
-    ratios = {(stream, name): np.array([max(log[step]['streams'][stream][name]) for step in steps]) for stream in log[steps[0]]['streams'] for name in RATIOS}
+    ratios = {(stream, name): np.array([max((v for v in log[step]['streams'][stream][name] if v is not None), default=math.nan) for step in steps]) for stream in log[steps[0]]['streams'] for name in RATIOS}
     report = {'checkpoint': str(folder), 'sequences': len(starts), **analyse(np.array(steps), by_class, np.array([loss.mean() for loss in found]), ratios)}
     for s in report['streams']:
         best = min(s['with'].items(), key=lambda item: item[1]['p'] or 2)
-        print(f"{s['stream']} {HEADLINES[s['ratio']]}: half height at step {s['half_height'] or math.nan:.0f}; most like {best[0]}: "
-              f"rank correlation {best[1]['rank_correlation'] or math.nan:.2f}, p {best[1]['p'] or math.nan:.3f} over {len(steps) - 1} intervals and {len(s['with'])} classes")
+        first, *_, last = [v for v in s['values'] if v is not None] or [1, 1]
+        print(f"{s['stream']} {HEADLINES[s['ratio']]}: " + (f"half of its {'rise' if last > first else 'fall'} at step {text(s['half_way'])}" if s['half_way'] else 'stands still')
+              + (f"; most like {best[0]}: rank correlation {text(best[1]['rank_correlation'], 2)}, p {text(best[1]['p'], 2)}" if best[1]['p'] else '; no rank correlation')
+              + f" over {s['intervals']} intervals and {len(s['with'])} classes")
     with atomic_write(folder / 'onset.json', 'w') as file:
         json.dump(report, file, indent=1)
     draw(folder.name, report, folder / 'onset.png')
