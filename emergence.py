@@ -12,11 +12,11 @@ What is worth knowing before reading on:
   top1 and median, and there r = top1 / median. The two differ where sequences do: a sequence with a small median counts more in the first;
 - the curve is f(t) = A exp(−λ x) log x + K with x = γ t + t0 (the same, eq. 7). With β = λγ, τ = t0/γ, A₁ = A exp(−λ t0), A₂ = A₁ log γ it reads
   exp(−β t)(A₁ log(t + τ) + A₂) + K: two parameters are searched on a fixed grid and zoomed in on, three solved; nothing is drawn at random;
-- intervals are 95%, from the Gauss–Newton covariance of (log|A|, log λ, log γ, log t0, K) and, for the peak, the delta method. The five are "not identifiable",
-  and only the curve and its peak are reported, where one is wider than a factor of ten either way, as near its limit exp(−β t)(a + b t) + K, as τ → ∞, which has
-  a peak. Where f is not clearly (10 of AIC) better than its monotone limits, the logarithm, as β → 0, and a first-order relaxation, as A₁ → 0, it has no peak
-  either, and class and half height are the better limit's. Residuals are taken to be independent: those that depend on each other, as neighbouring evaluations'
-  do, make intervals too narrow and peaks that are not there, which AIC does not see;
+- intervals are 95%, from the Gauss–Newton covariance of (log|A|, log λ, log γ, log t0, K) and, for the peak, the delta method. Residuals are taken to be
+  independent: where neighbouring ones depend on each other, intervals are too narrow, and there are false peaks all the same, which no AIC tells;
+- the five are "not identifiable", and only the curve and its peak are reported, where one is wider than a factor of ten either way. One limit of f has a peak and
+  four parameters: exp(−β t)(a + b t) + K, as τ → ∞. Where f is not clearly (10 of AIC) better than its monotone limits, the logarithm, as β → 0, and a first-order
+  relaxation, as A₁ → 0, no peak is reported either, and class and half height are those of the better limit;
 - early peak: the curve rises and falls by a tenth of its span or more within training; log increase: it ends at least half of its span above its start, and has
   fallen by less than a tenth. Half height: where it first is halfway to its largest value from the lowest before that;
 - AIC = n log(RSS / n) + 2k over n steps; k counts a curve's parameters and the noise's variance: constant 2, logarithm and first order 4, second order 5, f 6.
@@ -198,11 +198,11 @@ def design(columns, theta, t):
 
 
 def solve(columns, theta, t, y, at):
-    """Returns θ, the coefficients (m + 1,) of least squares on y at t, and the curve at other steps."""
+    """Returns the coefficients (m + 1,) of least squares on y at t, and the curve at other steps."""
     basis = design(columns, theta, t)
     scale = np.sqrt((basis**2).sum(0))
     coefficients = np.linalg.lstsq(basis / scale, y, rcond=1e-13)[0] / scale
-    return theta, coefficients, design(columns, theta, at) @ coefficients
+    return coefficients, design(columns, theta, at) @ coefficients
 
 
 def search(columns, box, t, y, points=41, starts=3):
@@ -264,14 +264,14 @@ def five(t, theta, coefficients, rss):
     _, s, V = np.linalg.svd(J / size)
     if s[-1] < 1e-9 * s[0]:
         return None, None, 'not identifiable: two parameters move the curve in the same way'
-    covariance = rss / (len(t) - 5) * (V.T / s**2) @ V / np.outer(size, size)
-    half = t_quantile(len(t) - 5) * np.sqrt(covariance.diagonal())
+    spread = t_quantile(len(t) - 5) * math.sqrt(rss / (len(t) - 5)) * V / np.outer(s, size)  # the root of the covariance, in half widths
+    half = np.linalg.norm(spread, axis=0)
     worst = int(half[:4].argmax())
     w = lambert_w(g - math.log(beta))
     at, peak = math.exp(w - g) - tau, None
     if A1 > 0 and t[0] < at < t[-1]:
         gradient = np.array([0, -(at + tau) * w / (1 + w), -at, -tau, 0])  # of the peak by the same five
-        h = t_quantile(len(t) - 5) * math.sqrt(gradient @ covariance @ gradient)
+        h = np.linalg.norm(spread @ gradient)
         peak = {'value': number(at), 'low': number(at - h), 'high': number(at + h)}
     if half[worst] > WIDEST:
         known = f'known within a factor of {math.exp(half[worst]):.0e} only' if half[worst] < math.log(1e6) else 'not known at all'
@@ -322,15 +322,15 @@ def fit_group(t, y):
         aic = {name: n * math.log(max(rss[name], floor) / n) + 2 * (FAMILIES[name][0] + 1) for name in FAMILIES}
         limit = min(('logarithm', 'first order'), key=aic.get)  # β = 0 and A₁ = 0
         clear = aic['f'] < aic[limit] - CLEARLY
-        (theta, coefficients, values), (*_, monotone) = (solve(FAMILIES[name][1], thetas[name][i], t, r, dense) for name in ('f', limit))
+        (coefficients, values), (_, monotone) = (solve(FAMILIES[name][1], thetas[name][i], t, r, dense) for name in ('f', limit))
         kind, half = shape(dense, values if clear else monotone)
-        parameters, peak, why = five(t, theta, coefficients, rss['f'])
+        parameters, peak, why = five(t, thetas['f'][i], coefficients, rss['f'])
         if not clear:
             parameters, peak, why = None, None, f'not identifiable: f is not clearly better than its limit, the {limit}'
         if min(aic.values()) > aic['constant'] - CLEARLY:
             kind, half, parameters, peak, why = 'neither', None, None, None, 'no trend: no curve is clearly better than a constant'
         fits.append({'n': n, 'r2': number(1 - rss['f'] / total[i]), 'preferred': min(aic, key=aic.get), 'aic': {name: number(v) for name, v in aic.items()},
-                     'curve': {name: float(v) for name, v in zip(('beta', 'tau', 'A1', 'A2', 'K'), (*np.exp(theta), *coefficients))},  # in full: as β → 0 they cancel
+                     'curve': {name: float(v) for name, v in zip(('beta', 'tau', 'A1', 'A2', 'K'), (*np.exp(thetas['f'][i]), *coefficients))},  # in full: as β → 0 they cancel
                      'parameters': parameters, 'note': why, 'class': kind, 'peak': peak,
                      'half_step': half, 'first': number(values[0]), 'top': number(values.max()), 'final': number(values[-1]), 'last_step': float(t[-1])})
     return fits
@@ -364,6 +364,7 @@ TARGETS = {  # name → its value in a fit, or None; the scale on which it is re
     'half_step': (lambda f: f.get('half_step') or None, np.log, np.exp),
     **{name: (lambda f, name=name: f.get('parameters') and f['parameters'][name]['value'],
               np.arcsinh if name in 'AK' else np.log, np.sinh if name in 'AK' else np.exp) for name in PARAMETERS}}
+ASKED = {'final': 'ratio at the end of training', 'half_step': 'step of half height', 'peak_step': 'step of the peak'}
 
 
 def architecture(model):
@@ -563,7 +564,7 @@ def print_expected(predictor, model, stream):
     print(row('step', range(len(X))))
     for step, values in zip(predictor['steps'], np.exp(raw['curve']).T):
         print(row(f'{step:.0f}', values))
-    for name in [name for name in ('final', 'half_step', 'peak_step') if name in raw]:
+    for name in [name for name in ASKED if name in raw]:
         out = predictor['targets'][name]
         print(row(name, TARGETS[name][2](raw[name][:, 0])) + f"   typical error x {text(math.exp(out['error']))}, R² {text(out['r2_architectures_out'])} on architectures left out"
               + ' (of sublayers that have a peak inside training)' * (name == 'peak_step'))
@@ -578,13 +579,14 @@ def draw_curves(run, rows, path, across=6):
         streams.setdefault(x.stream, []).append((x, f))
     chosen = {stream: [all_[i] for i in sorted({round(i) for i in np.linspace(0, len(all_) - 1, min(across, len(all_)))})] for stream, all_ in streams.items()}
     width = max(map(len, chosen.values()))
-    with figure(path, f'{run}: largest over median in training, with fits', len(chosen), width, (2.6, 2.3)) as axes:
+    title = f'{run}\nlargest over median, with fits, {width} of {max(map(len, streams.values()))} sublayers'
+    with figure(path, title, len(chosen), width, (max(2.6, 5.2 / width), 2.3)) as axes:
         for (stream, pairs), line in zip(chosen.items(), np.array(list(axes)).reshape(len(chosen), width)):
             for axis, (x, f) in zip(line, pairs):
                 first = x.t[x.t > 0][0] if (x.t > 0).any() else 1
                 axis.plot(x.t, x.r, 'o', markersize=3, color=STREAM_STYLE.get(stream, {}).get('color', '#000000'))
                 if 'curve' in f:
-                    t = np.concatenate([[0.0], np.geomspace(first, x.t[-1], 300)])
+                    t = np.concatenate([np.linspace(0, first, 30), np.geomspace(first, x.t[-1], 300)])  # the axis is even up to the first step
                     axis.plot(t[t >= x.t[0]], curve_at(f, t[t >= x.t[0]]), color='#D55E00', linewidth=1.2)
                 if f.get('peak'):
                     axis.axvline(f['peak']['value'], color='#999999', linestyle=':')
@@ -607,7 +609,9 @@ def draw_peaks(series, fits, path):
     peaks = [f['peak']['value'] for f in fits if f.get('peak')]
     norm = LogNorm(min(peaks, default=1), max(max(peaks, default=1), 1.01 * min(peaks, default=1)))
     tall = max(map(len, runs.values()))
-    with figure(path, f'step at which largest over median peaks ({len(peaks)} of {len(fits)} sublayers; grey: no peak inside training)', 1, len(streams), (5, 1.6 + 0.22 * tall)) as axes:
+    several = len(set(peaks)) > 1
+    title = f'step at which largest over median peaks\n{len(peaks)} of {len(fits)} sublayers{"" if several or not peaks else f", step {text(peaks[0])}"}; grey: no peak inside training'
+    with figure(path, title, 1, len(streams), (max(5, 6 / len(streams)), 1.8 + 0.22 * tall)) as axes:
         for stream, axis in zip(streams, axes):
             for y, run in enumerate(runs[stream]):
                 row = sorted((x.sublayer, f['peak']['value'] if f.get('peak') else math.nan) for x, f in zip(series, fits) if (x.run, x.stream) == (run, stream))
@@ -615,16 +619,14 @@ def draw_peaks(series, fits, path):
                 mesh = axis.pcolormesh(edges, [y - 0.45, y + 0.45], np.ma.masked_invalid([[v for _, v in row]]), norm=norm, cmap='cividis', edgecolors='white', linewidth=0.3)
             axis.set(title=stream, xlabel='relative depth (first to last sublayer)', xlim=(0, 1), ylim=(len(runs[stream]) - 0.5, -0.5), facecolor='#DDDDDD')
             axis.set_yticks(range(len(runs[stream])), runs[stream], fontsize='x-small')
-        if peaks:
-            bar = axis.figure.colorbar(mesh, ax=list(axis.figure.axes), label='step of the peak', ticks=np.geomspace(norm.vmin, norm.vmax, 5), format='{x:.3g}')
+        if several:
+            bar = axis.figure.colorbar(mesh, ax=list(axis.figure.axes), label='step of the peak', ticks=np.geomspace(norm.vmin, norm.vmax, 5), format=lambda v, _: text(float(v)))
             bar.minorticks_off()
 
 
-def draw_predicted(left_out, path):
-    """Predicted against actual for left-out architectures, of what a person asks for."""
-    labels = {'final': 'ratio at the end of training', 'half_step': 'step of half height', 'peak_step': 'step of the peak'}
-    shown = [name for name in labels if name in left_out]
-    with figure(path, 'predicted from the architecture alone, each architecture left out in turn', 1, len(shown), (4.2, 4)) as axes:
+def draw_predicted(left_out, shown, path):
+    """Predicted against actual for left-out architectures, a panel for each target shown."""
+    with figure(path, 'predicted from the architecture alone,\neach architecture left out in turn', 1, len(shown), (4.2, 4)) as axes:
         for axis, name in zip(axes, shown):
             rows, y, predicted = left_out[name]
             back = TARGETS[name][2]
@@ -633,7 +635,11 @@ def draw_predicted(left_out, path):
                 axis.plot(back(y[mine, 0]), back(predicted[mine, 0]), markersize=4, alpha=0.6, **{**STREAM_STYLE.get(stream, {'marker': 'o'}), 'linestyle': ''}, label=stream)
             ends = back(np.quantile(y, (0, 1)))
             axis.plot(ends, ends, color='#999999', linewidth=1, zorder=0)
-            axis.set(title=f'{labels[name]}: R² {text(r_squared(y, predicted), 2)}', xlabel='actual (fitted curve)', ylabel='predicted', xscale='log', yscale='log')
+            axis.set(title=f'{ASKED[name]}: R² {text(r_squared(y, predicted), 2)}', xlabel='actual (fitted curve)', ylabel='predicted', xscale='log', yscale='log')
+            ticks = [float(f'{v:.2g}') for v in np.geomspace(*ends, 4)]
+            for side in (axis.xaxis, axis.yaxis):
+                side.set_ticks(ticks, map('{:g}'.format, ticks))
+            axis.minorticks_off()  # their labels overprint
             axis.grid(alpha=0.3)
         axes[0].legend(title='stream')
 
@@ -660,7 +666,7 @@ def predict_arch(args):
     except OSError as error:
         raise UserError(f'cannot read {args.predictor} ({error.strerror}): make it with python emergence.py results/emergence/sweep.jsonl --predict') from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f'{args.predictor} is not a predictor that --predict wrote ({error}): make it again') from None
+        raise UserError(f'{args.predictor} is not a predictor that --predict wrote of 20 series or more ({error}): make it again') from None
 
 
 def parse_arguments(argv):
@@ -716,15 +722,20 @@ def analyse(args):
         print_predictor(predictor)
         with atomic_write(out / 'predictor.json', 'w') as file:
             json.dump(predictor, file)
-        draw_predicted(left_out, out / 'predicted.png')
         report['prediction'] = {name: {k: v for k, v in p.items() if k not in ('weights', 'intercept')} for name, p in predictor['targets'].items()}
-        written += ['predictor.json', 'predicted.png']
+        written.append('predictor.json')
+        if shown := [name for name in ASKED if name in left_out]:
+            draw_predicted(left_out, shown, out / 'predicted.png')
+            written.append('predicted.png')
     with atomic_write(out / 'emergence.json', 'w') as file:
         json.dump(report, file)
     draw_peaks(series, fits, out / 'peaks.png')
-    for name in names[:4]:  # more are in emergence.json
-        draw_curves(name, [(x, f) for x, f in zip(series, fits) if x.run == name], out / f"curves_{name.replace('/', '_')}.png")
-        written.append(f'curves_{name}.png')
+    kinds = {}
+    for name in names:
+        kinds.setdefault(frozenset(s['stream'] for s in summary if s['run'] == name), []).append(name)
+    for name in [name for alike in kinds.values() for name in alike[:2]]:  # all are in emergence.json
+        written.append(f"curves_{name.replace('/', '_')}.png")
+        draw_curves(name, [(x, f) for x, f in zip(series, fits) if x.run == name], out / written[-1])
     print(f"written: {os.path.relpath(out)}/{', '.join(written)}")
 
 

@@ -313,6 +313,52 @@ def test_a_law_of_the_architecture_is_found_and_the_feature_that_carries_it_name
     assert 'lambda' not in predictor['targets']  # of none is it known
 
 
+# ---- Figures
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures as they are when written."""
+    from matplotlib.figure import Figure
+    figures = []
+
+    def look(figure, *_, **__):
+        figure.draw_without_rendering()
+        title = figure._suptitle.get_window_extent()
+        assert 0 <= title.x0 and title.x1 <= figure.bbox.x1, 'the title is cut off'
+        figures.append(figure)
+    monkeypatch.setattr(Figure, 'savefig', look)
+    return figures
+
+
+def rows_of(stream, count, peaked):
+    series = [Series('baseline_160m_1337', stream, s, STEPS, curve(STEPS, *PLANTED[0]) if s in peaked else 20 - 15 * np.exp(-STEPS / 900)) for s in range(count)]
+    return series, fit_all(series)
+
+
+def test_curves_say_how_many_sublayers_are_shown_and_bend_before_the_first_step_too(tmp_path, drawn):
+    for count, shown in ((1, 1), (24, 6)):
+        emergence.draw_curves('baseline_160m_1337', list(zip(*rows_of('h', count, {0}))), tmp_path / 'curves.png')
+        assert f'{shown} of {count} sublayers' in drawn[-1]._suptitle.get_text() and len(drawn[-1].axes) == shown
+        steps = drawn[-1].axes[0].lines[1].get_xdata()
+        assert (np.diff(steps) >= 0).all() and ((steps > 0) & (steps < 1)).sum() >= 20
+
+
+def test_peaks_have_a_colour_bar_only_where_they_differ(tmp_path, drawn):
+    for peaked, text, axes in (((), '0 of 24 sublayers;', 1), ({3}, '1 of 24 sublayers, step 3785;', 1)):
+        emergence.draw_peaks(*rows_of('h', 24, peaked), tmp_path / 'peaks.png')
+        assert text in drawn[-1]._suptitle.get_text() and len(drawn[-1].axes) == axes
+    emergence.draw_peaks(*made_up(SHAPES[:2], arms=[('baseline', 'h')]), tmp_path / 'peaks.png')
+    assert [t.get_text() for t in drawn[-1].axes[1].get_yticklabels()] == ['2000', '2048', '2098', '2148', '2200']
+
+
+def test_what_is_predicted_is_drawn_with_a_title_and_few_ticks_that_are_plain_numbers(tmp_path, drawn):
+    _, left_out = make_predictor(*made_up(SHAPES, peak=lambda model: 40 * model['n_embd']**0.7))
+    emergence.draw_predicted(left_out, ['peak_step'], tmp_path / 'predicted.png')
+    axis, = drawn[0].axes
+    for side in (axis.xaxis, axis.yaxis):
+        assert [t.get_text() for t in side.get_ticklabels()] == ['740', '1100', '1600', '2300'] and not side.get_minorticklocs().size
+
+
 # ---- The command
 
 def test_ranks_of_equal_values_are_their_mean_and_of_runs_alike_nothing_is_correlated(capsys):
@@ -405,6 +451,25 @@ def test_a_saved_predictor_prints_the_curve_that_it_expects_of_an_architecture(t
     assert math.exp(np.dot(x, target['weights'])[0] + target['intercept'][0]) == pytest.approx(40 * 128**0.7 * 1.15, rel=0.1)
     table = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line[:1] == ' '}
     assert len(table) >= 20 and float(table['peak_step'][3]) == pytest.approx(40 * 128**0.7 * 1.15, rel=0.1) and 'ledger/D' in printed
+
+
+def test_of_many_runs_the_curves_of_two_of_each_kind_are_drawn(tmp_path, monkeypatch):
+    sweep_file(tmp_path / 'sweep.jsonl')
+    runs = sorted((tmp_path / 'sweep.jsonl').read_text().splitlines())  # all baselines first
+    (tmp_path / 'sweep.jsonl').write_text('\n'.join(runs))
+    drawn = []
+    monkeypatch.setattr(emergence, 'draw_curves', lambda run, rows, path: drawn.append((run, path.name, {x.stream for x, _ in rows})))
+    emergence.main([str(tmp_path / 'sweep.jsonl')])
+    names = [json.loads(run)['run'] for run in runs]
+    assert drawn == [(name, f'curves_{name}.png', {'h'} if 'base' in name else {'D', 'C'}) for name in names[:2] + names[len(names) // 2:][:2]]
+
+
+def test_where_no_target_was_regressed_there_is_no_figure_of_it(tmp_path, capsys, no_curves):
+    sweep_file(tmp_path / 'sweep.jsonl', SHAPES[:3])
+    (tmp_path / 'sweep.jsonl').write_text('\n'.join((tmp_path / 'sweep.jsonl').read_text().splitlines()[::2]))
+    emergence.main([str(tmp_path / 'sweep.jsonl'), '--predict'])
+    assert 'curve is known of 6 series of 3 architectures only' in capsys.readouterr().out and not (tmp_path / 'predicted.png').exists()
+    assert json.loads((tmp_path / 'predictor.json').read_text())['targets'] == {}
 
 
 @pytest.mark.parametrize('arguments, sentence', [

@@ -66,7 +66,7 @@ def analyse(steps, by_class, mean, ratios):
 
 
 def draw(name, report, path):
-    with figure(path, f'{name}: when classes of tokens are learned, and when the outlier comes', 2, 1, (7.5, 3.2)) as (above, below):
+    with figure(path, f'{name}\nwhen classes of tokens are learned, and when the outlier comes', 2, 1, (7.5, 3.2)) as (above, below):
         for i, (kind, c) in enumerate(report['classes'].items()):
             above.plot(report['steps'], c['loss'], label=kind, marker='os^Dv<>Px'[i % 9], markersize=4, color=COLOURS[i % 9])
         above.set(ylabel='loss (nats per token)')
