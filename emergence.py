@@ -40,7 +40,7 @@ from model import RESIDUALS, UserError, load_checkpoint
 
 PUBLISHED_R2 = {'14M': 0.931, '70M': 0.968, '160M': 0.983, '410M': 0.994, '1B': 0.992, '1.4B': 0.996, '2.8B': 0.969, '6.9B': 0.995, '12B': 0.983}  # Pythia
 PARAMETERS = ('A', 'lambda', 'gamma', 't0', 'K')
-KEPT = ('max_over_median', 'top1', 'median', 'start_ratio')  # of a log, in its compact form; what is fitted is the first
+KEPT = ('max_over_median', 'top1', 'start_ratio')  # of a log, in its compact form; what is fitted is the first
 FEWEST = 8            # finite points that a fit needs: five parameters and something to be wrong about
 WIDEST = math.log(10)  # half the width of a logarithmic interval beyond which a parameter is not identifiable
 CLEARLY = 10          # of AIC: less is no evidence, after a search

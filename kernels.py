@@ -31,10 +31,10 @@ from model import GPT, RESIDUALS, Ledger, Sublayer
 HALF = torch.bfloat16  # of what enters a matrix product
 PTX = tl.constexpr(bool(torch.version.cuda) and not triton.knobs.runtime.interpret)
 # What one program does: tiles of ROWS × COLUMNS, LOOP of them down the rows or all across the columns. results/h200/tiles.py times them.
-DELIBERATE = dict(ROWS=64, COLUMNS=64, LOOP=16, STAGES=2, num_warps=4)
-GRADIENT_A = dict(ROWS=64, COLUMNS=64, STAGES=2, num_warps=4)
+DELIBERATE = dict(ROWS=64, COLUMNS=64, LOOP=8, STAGES=2, num_warps=8)
+GRADIENT_A = dict(ROWS=64, COLUMNS=32, STAGES=3, num_warps=4)
 GRADIENT_U = dict(ROWS=64, COLUMNS=32, LOOP=16, STAGES=2, num_warps=4)
-GRADIENT_READ = dict(ROWS=1, LOOP=64, STAGES=2)
+GRADIENT_READ = dict(ROWS=2, LOOP=32, STAGES=3)
 
 
 @triton.jit
