@@ -60,7 +60,7 @@ FEW = 5                       # sequences below which there is no interval
 PROMPTS, NEW_TOKENS = 3, 40   # continuations
 HOWS = {'zero': ('zero',), 'mean': ('mean',), 'clip': ('clip',), 'all': ('zero', 'mean', 'clip')}
 CONTROLS = ('random', 'median', 'other', 'moved')
-MARKS = {'edit': dict(color='#000000', marker='o', markersize=5, markeredgecolor='white', zorder=3), 'random': dict(color='#0072B2', marker='s'), 'median': dict(color='#009E73', marker='^'),
+MARKS = {'edit': dict(color='#000000', marker='o', markersize=4.5, markeredgecolor='white', markeredgewidth=0.7, zorder=3), 'random': dict(color='#0072B2', marker='s'), 'median': dict(color='#009E73', marker='^'),
          'other': dict(color='#E69F00', marker='D'), 'moved': dict(color='#CC79A7', marker='v')}
 SWEPT = {'top': dict(color='#D55E00', marker='o'), 'start': dict(color='#0072B2', marker='s'), 'dims': dict(color='#009E73', marker='^')}
 EDGES = (1, 2, 8, 32, 128, 512)
@@ -112,8 +112,8 @@ class Reference:
             self.limit[stream][level] += a.flatten(1).sort(1).values[:, ranks].sum(0) / len(starts)
         for rows, stream, level, _, a in passes(evaluated):
             index = topk_first(a.flatten(1), k)[1]
-            self.own[stream][level, :, rows] = torch.stack([index // self.d, index % self.d]).cpu()
-            self.over[stream][level, :, rows] = (a.amax(-1) > self.limit[stream][level][:, None, None]).cpu()
+            self.own[stream][level, :, rows] = torch.stack([index // self.d, index % self.d]).cpu().numpy()
+            self.over[stream][level, :, rows] = (a.amax(-1) > self.limit[stream][level][:, None, None]).cpu().numpy()
 
     def pick(self, stream, level):
         """Returns {what: (positions, dimensions)}: the largest dimensions at the start token, and those that are largest everywhere."""
@@ -587,14 +587,14 @@ def ratio_ticks(axis):
     low, high = min(low, 1), max(high, 1)
     ticks = (MaxNLocator(6, steps=(1, 2, 5, 10)) if high < 10 * low else LogLocator(10, (1, 2, 5) if high < 1000 * low else (1,))).tick_values(low, high)
     axis.set_ticks([1, *(t for t in ticks if low <= t <= high and abs(math.log(t)) > 0.08 * math.log(high / low))])
-    axis.set_major_formatter('{x:.6g}')
+    axis.set_major_formatter('{x:.8g}')
     axis.set_minor_formatter('')
 
 
-def legend_below(axis, *more):
+def legend_below(axes, columns):
     """One legend for the whole figure, beside the data."""
-    handles = [axis.get_legend_handles_labels() for axis in (axis, *more)]
-    axis.figure.legend(*(sum(parts, []) for parts in zip(*handles)), loc='outside lower center', ncols=5, fontsize='small')
+    handles, labels = (sum(parts, []) for parts in zip(*(axis.get_legend_handles_labels() for axis in axes)))
+    axes[0].figure.legend(handles, labels, loc='outside lower center', ncols=columns, fontsize='small')
 
 
 def draw_ratios(name, figured, sweep, path):
@@ -605,7 +605,7 @@ def draw_ratios(name, figured, sweep, path):
         axes[0].get_gridspec().set_height_ratios(heights)
         for axis, (stream, results) in zip(axes, figured.items()):
             for y, result in enumerate(results):
-                for kind, of in {**result['controls'], 'edit': result['edit']}.items():
+                for kind, of in {'edit': result['edit'], **result['controls']}.items():
                     place = y if kind == 'edit' else y + 0.18 * (CONTROLS.index(kind) - 1.5)
                     point(axis, place, **of['ratio'], label=None if y else kind, **{'markersize': 3.5, **MARKS[kind]})
             finish_panel(axis, [f"{r['where']} {r['what']}, {r['how']} {r['reach']}" for r in results], 1, xscale='log', xlabel='perplexity ratio (log scale)',
@@ -613,7 +613,7 @@ def draw_ratios(name, figured, sweep, path):
             ratio_ticks(axis.xaxis)
         for axis, stream in zip(axes[len(figured):], figured):
             draw_sweep(axis, stream, [result for result in sweep if result['stream'] == stream])
-        legend_below(axes[0], *axes[len(figured):][:1])
+        legend_below(axes[::len(figured)], 1 + 2 * len(figured))
 
 
 def draw_sweep(axis, stream, sweep):
@@ -644,7 +644,7 @@ def draw_classes(name, before, figured, path):
             finish_panel(axis, [f"{key} ({line['share']:.1%})" for key, line in classes.items()], 0, xlabel='change of loss (nats per token)',
                          title=f"{results[0]['stream']}, sublayer {results[0]['sublayer']} and downstream")
             axis.locator_params(axis='x', nbins=6)
-        legend_below(axes[0])
+        legend_below(axes[:1], 4)
 
 
 def parse_arguments(argv):

@@ -603,6 +603,36 @@ def test_two_runs_of_the_command_say_the_same(ran, tmp_path):
     assert ('reads', 'all') in {(r['where'], r['what']) for r in results}, 'the read coupling is there when C is looked at alone'
 
 
+def test_a_small_set_leaves_fewer_windows_to_choose_on_but_eight_at_least(ran, tmp_path):
+    with pytest.raises(SystemExit) as refused:
+        command('--ckpt', ran.out, '--sequences=1000')
+    flags = ('--ckpt', ran.out, '--stream=D', '--sublayer=1', '--how=zero', '--top=1', f'--out={tmp_path}')
+    most = int(re.search(r'ask for at most (\d+)$', str(refused.value))[1])
+    command(*flags, f'--sequences={most}')
+    assert json.loads((tmp_path / 'run/intervene.json').read_text())['data']['calibration'] == 8
+    with pytest.raises(SystemExit, match='ask for at most'):
+        command(*flags, f'--sequences={most + 1}')
+
+
+def test_a_set_that_is_too_small_for_any_number_of_sequences_is_to_be_replaced(ran, tmp_path):
+    write_dataset(tmp_path / 'data', [97] * T * 9)
+    with pytest.raises(SystemExit, match='holds 8 windows: name a larger set with --data'):
+        command('--ckpt', ran.out, f"--data={tmp_path / 'data'}", '--sequences=2')
+
+
+@pytest.mark.parametrize('low, high', [(0.9, 1.004), (0.999999, 1.000002), (0.5, 40), (1, 1e9), (0.98, 200)])
+def test_a_ratio_of_one_can_be_read_off_every_axis(low, high):
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+    drawing, axis = pyplot.subplots()
+    axis.set(xscale='log', xlim=(low, high))
+    intervene.ratio_ticks(axis.xaxis)
+    labels = [label.get_text() for label in axis.get_xticklabels()]
+    assert labels.count('1') == 1 and 2 <= len(set(labels)) == len(labels) <= 12
+    pyplot.close(drawing)
+
+
 @pytest.mark.parametrize('flags, sentence', [
     (['--stream=h'], "--stream=h, but .* has D and C"), (['--sublayer=4'], 'sublayers 0 to 3'), (['--sublayer=last'], 'expected auto, all or a number'),
     (['--top=6'], 'ask for fewer'), (['--top=0'], 'at least 1'), (['--sequences=1'], 'at least 1 and 2'), (['--sequences=100000'], r'ask for at most \d+$'), (['--stream=D', '--sublayer=3'], 'nothing reads that'),
