@@ -60,8 +60,9 @@ FEW = 5                       # sequences below which there is no interval
 PROMPTS, NEW_TOKENS = 3, 40   # continuations
 HOWS = {'zero': ('zero',), 'mean': ('mean',), 'clip': ('clip',), 'all': ('zero', 'mean', 'clip')}
 CONTROLS = ('random', 'median', 'other', 'moved')
-MARKS = {'edit': dict(color='#000000', marker='o', markersize=4.5, markeredgecolor='white', markeredgewidth=0.7, zorder=3), 'random': dict(color='#0072B2', marker='s'), 'median': dict(color='#009E73', marker='^'),
-         'other': dict(color='#E69F00', marker='D'), 'moved': dict(color='#CC79A7', marker='v')}
+MARKS = {'edit': dict(color='#000000', marker='o', markersize=4.5, markeredgecolor='white', markeredgewidth=0.7, zorder=3),
+         'random': dict(color='#0072B2', marker='s'), 'median': dict(color='#009E73', marker='^'), 'other': dict(color='#E69F00', marker='D'),
+         'moved': dict(color='#CC79A7', marker='v')}
 SWEPT = {'top': dict(color='#D55E00', marker='o'), 'start': dict(color='#0072B2', marker='s'), 'dims': dict(color='#009E73', marker='^')}
 EDGES = (1, 2, 8, 32, 128, 512)
 BUCKETS = ('0', '1', '2–7', '8–31', '32–127', '128–511', '512–')
@@ -492,7 +493,8 @@ def intervene(checkpoint, path, tokens, meta, args):
               'data': {'name': tokens.path.parent.name, 'split': 'val', 'sequences': N, 'calibration': len(starts) - N, 'sweep_sequences': swept,
                        'block_size': tokens.block_size, 'seed': args.seed},
               'evaluations': evaluations, 'loss': rounded(loss, N), 'perplexity': number(np.exp(loss[0])), 'sweep': sweep, 'results': results,
-              'before': {name: {of[i]: {'share': number((places == i).mean()), 'sequences': int((places == i).any(1).sum()), 'loss': number(before[places == i].mean(dtype=np.float64))} for i in np.unique(places)}
+              'before': {name: {of[i]: {'share': number(found.mean()), 'sequences': int(found.any(1).sum()), 'loss': number(before[found].mean(dtype=np.float64))}
+                                for i in np.unique(places) for found in [places == i]}
                          for name, (places, of) in labels.items()},
               'attention': heads, 'samples': samples}
     return report, figured
@@ -600,7 +602,8 @@ def legend_below(axes, columns):
 def draw_ratios(name, figured, sweep, path):
     """Every intervention of a stream in a line, with its controls and 95% intervals; below, the sweep over the sublayers."""
     heights = [1.2 + 0.2 * max(map(len, figured.values())), 3.2][:1 + bool(sweep)]
-    with figure(path, f'{name}: perplexity after ÷ before\nbars: 95% intervals over sequences', len(heights), len(figured), (6.2, sum(heights) / len(heights))) as axes:
+    with figure(path, f'{name}: perplexity after ÷ before\nbars: 95% intervals over sequences', len(heights), len(figured),
+                (6.2, sum(heights) / len(heights))) as axes:
         axes = list(axes)
         axes[0].get_gridspec().set_height_ratios(heights)
         for axis, (stream, results) in zip(axes, figured.items()):
@@ -608,8 +611,9 @@ def draw_ratios(name, figured, sweep, path):
                 for kind, of in {'edit': result['edit'], **result['controls']}.items():
                     place = y if kind == 'edit' else y + 0.18 * (CONTROLS.index(kind) - 1.5)
                     point(axis, place, **of['ratio'], label=None if y else kind, **{'markersize': 3.5, **MARKS[kind]})
-            finish_panel(axis, [f"{r['where']} {r['what']}, {r['how']} {r['reach']}" for r in results], 1, xscale='log', xlabel='perplexity ratio (log scale)',
-                         title=f"{stream}: entries of sublayer {results[0]['sublayer']} ('last': of the last)")
+            lines = [f"{r['where']} {r['what']}, {r['how']} {r['reach']}" for r in results]
+            finish_panel(axis, lines, 1, xscale='log', xlabel='perplexity ratio (log scale)',
+                         title=f"{stream}: entries of sublayer {results[0]['sublayer']}" + " ('last': of the last)" * ('last' in ' '.join(lines)))
             ratio_ticks(axis.xaxis)
         for axis, stream in zip(axes[len(figured):], figured):
             draw_sweep(axis, stream, [result for result in sweep if result['stream'] == stream])

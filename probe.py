@@ -287,7 +287,7 @@ def draw(name, report, path):
     panels = [(stream, place) for stream, places in report['streams'].items() for place in places]
     top = report['settings']['top']
     with figure(path, f"{name}, iteration {report['iter_num']}: what probes read from a stream\n"
-                f'mean, start: the {top} largest dimensions over all tokens or at position 0; random: {top} others; all of them', len(panels), 1, (10, 3)) as axes:
+                f'mean, start: the {top} largest dimensions over all tokens or at position 0; random: {top} others; all: every one', len(panels), 1, (10, 3)) as axes:
         for axis, (stream, place) in zip(axes, panels):
             for i, told in enumerate(SETS):
                 for kind, shift in (('linear', -0.045), ('hidden', 0.045)):
