@@ -5,27 +5,31 @@ What is the outlier for? Changes the massive entries of a checkpoint's streams a
     python intervene.py --ckpt out/ledger_160m --stream=C --sublayer=3 --how=zero --top=1
 
 What is worth knowing before reading on:
-- entries are chosen, and their means and the quantiles of magnitudes estimated, on windows that are not evaluated;
-- `top`: the (position, dimension) pairs with the largest mean magnitude; `start`: the largest dimensions at position 0; `dims`: the dimensions
-  with the largest mean over positions, changed at every position. Fixed for all sequences. `all`: the whole stream;
+- `top`: each sequence's own largest entries in the unedited stream, measure.py's top-k; `start`: the dimensions largest at position 0, there; `dims`: the
+  dimensions of largest mean over positions, at every position; `last start`, `last dims`: those of the last sublayer; `all`: the whole stream;
+- all but `top` is fixed, and chosen on windows that are not evaluated; there, too, means and quantiles of magnitudes are estimated;
 - where: `stream`, as it leaves the sublayer (`once`) or there and after every later one (`downstream`); `reads`, kept from the input of every
-  sublayer, the stream itself untouched (for C that is λ ⊙ C); `decoder`, kept from the head alone, entries chosen after the last sublayer;
+  sublayer, the stream itself untouched (for C that is λ ⊙ C); `decoder`, kept from the head alone;
 - how: `zero`; `mean`, over sequences, of that entry at that sublayer; `clip q`, all magnitudes limited to their q-quantile there. Sun et al. 2024, §4;
 - every result has its controls, run on the same sequences: `random`, as many other dimensions at other positions, drawn anew for each sequence;
   `median`, as many start-token entries (or dimensions) of median magnitude; `other`, the same dimensions half a window away; and `moved`,
-  the very change made in other dimensions of the same token: as large in norm, downstream too, so that size alone cannot explain a difference.
+  the very change made in other dimensions of the same token: as large in norm, downstream too. But to zero a massive entry lowers the token's RMS and to
+  move the change raises it, so that `moved` does not rule out an effect of size: of the same entries, `mean` beside `zero` is the closer control.
   What changes a whole stream has `moved` alone: it changes as many entries by as much;
-- a ratio is exp(mean loss after − before), with 95% intervals from a bootstrap over sequences, pairs kept. Changes of loss, in nats, are given apart
-  for the predictions at edited positions and at later ones that are not; those before an edit cannot change.
+- a ratio is exp(mean loss after − before), with 95% intervals from a bootstrap over sequences, pairs kept, where there are at least 5. Changes of loss, in
+  nats, are given apart for the predictions at edited positions and at later ones that are not; those before an edit cannot change. Of `clip`, edited is what
+  exceeds the limit in the unedited streams; of what changes every position, there are no later ones.
 
 intervene.json: {schema, checkpoint, iter_num, model, data, evaluations, perplexity, loss: {value, low, high},
- sweep: [result], results: [result], before: {breakdown: {label: {share, loss}}},
- attention: {edit: {stream, what, …, sink: mean probability of position 0, by_layer, control: the same}, constancy: {position: {…}}},
+ sweep: [result], results: [result], before: {breakdown: {label: {share, sequences: how many have it, loss}}},
+ attention: {edit: {stream, what, …, sink: mean probability of position 0, by_layer, control: the same},
+             constancy: {position: {constancy: 0 to 1, norm: root mean square, by_layer}}},
  samples: [{prompt, unedited, edits: [{stream, what, …, text, control}]}]; the control of these two is `moved`}
- result: {stream, sublayer, where, what, how, reach, entries: [[position or null, dimension]], standout, edit: outcome, controls: {name: outcome}}
+ result: {stream, sublayer, where, what, how, reach, entries: [[position or null, dimension]], share, standout, edit: outcome, controls: {name: outcome}};
+         entries of `top` are the most frequent, share is that of the sequences that have the first; else null
  outcome: {loss, perplexity, ratio, edited, later: {value, low, high} or null,
-           by: {breakdown: {label: [change of loss, low, high]}}}; breakdowns: class, position and since_line of the predicted token, carrier (class of
-           the token that carries the first entry); they are left out of the sweep.
+           by: {breakdown: {label: [change of loss, low, high]}}}; breakdowns: class and since_line of the predicted token, position of the input, carrier
+           (class of the token that carries the first entry); they are left out of the sweep.
 
 Sources: Sun et al. 2024, arXiv 2402.17762 (interventions, implicit bias); Gu et al. 2025, arXiv 2410.10781 (sink metric).
 """
@@ -51,12 +55,15 @@ from measure import (REPLICATES, Statistics, attention_sink, bootstrap_weights, 
 from model import RESIDUALS, UserError, build_model
 
 QUANTILES = (0.9999, 0.999, 0.99, 0.9)
-CALIBRATION = 32              # windows beside the evaluated ones, for entries, means and quantiles
+CALIBRATION, ENOUGH = 128, 8  # windows beside the evaluated ones, for entries, means and quantiles; the fewest that will do
+FEW = 5                       # sequences below which there is no interval
 PROMPTS, NEW_TOKENS = 3, 40   # continuations
 HOWS = {'zero': ('zero',), 'mean': ('mean',), 'clip': ('clip',), 'all': ('zero', 'mean', 'clip')}
 CONTROLS = ('random', 'median', 'other', 'moved')
-MARKS = {'edit': dict(color='#000000', marker='o'), 'random': dict(color='#0072B2', marker='s'), 'median': dict(color='#009E73', marker='^'),
-         'other': dict(color='#E69F00', marker='D'), 'moved': dict(color='#CC79A7', marker='v')}
+MARKS = {'edit': dict(color='#000000', marker='o', markersize=4.5, markeredgecolor='white', markeredgewidth=0.7, zorder=3),
+         'random': dict(color='#0072B2', marker='s'), 'median': dict(color='#009E73', marker='^'), 'other': dict(color='#E69F00', marker='D'),
+         'moved': dict(color='#CC79A7', marker='v')}
+SWEPT = {'top': dict(color='#D55E00', marker='o'), 'start': dict(color='#0072B2', marker='s'), 'dims': dict(color='#009E73', marker='^')}
 EDGES = (1, 2, 8, 32, 128, 512)
 BUCKETS = ('0', '1', '2–7', '8–31', '32–127', '128–511', '512–')
 
@@ -70,35 +77,57 @@ class Edit:
     how: str                   # zero, mean or clip
     dims: tuple = ()           # of its entries
     positions: tuple = None    # beside them; None: every position
+    own: int = 0               # the level of which each sequence's own largest entries are taken; 0: the entries are those above
     quantile: float = 0.0      # of clip
-    control: str = ''          # random: other entries instead; moved: the same change in other dimensions
+    control: str = ''          # random: other entries instead; other: half a window away; moved: the same change in other dimensions
 
 
 NOTHING = Edit('stream', '', (), 'zero')
 
 
 class Reference:
-    """The unedited streams on windows of their own, (S + 1, T, d) over levels, positions and dimensions: what edits aim at and what they put in."""
+    """The unedited streams, by level: what edits aim at and what they put in. Means, magnitudes, limits and what is chosen by them are of windows of their own,
+    (S + 1, T, d) over levels, positions and dimensions. The evaluated ones give the entries of `top`, which are a sequence's own, and where clip cuts."""
 
     @torch.no_grad()
-    def __init__(self, model, tokens, starts, batch_size, seed):
-        self.seed, self.T, self.d, self.S = seed, tokens.block_size, model.config.n_embd, len(model.sublayers)
-        device = model.head.weight.device
-        streams, shapes = RESIDUALS[model.config.residual].streams, ((self.T, self.d), (self.T, self.d), (len(QUANTILES),))
-        self.mean, self.magnitude, self.limit = ({stream: torch.zeros(self.S + 1, *shape, device=device) for stream in streams} for shape in shapes)
+    def __init__(self, model, tokens, starts, evaluated, k, batch_size, seed):
+        """starts, evaluated: of the windows, (M,) and (N,). k: how many entries an edit changes."""
+        self.seed, self.k, self.T, self.d, self.S = seed, k, tokens.block_size, model.config.n_embd, len(model.sublayers)
+        device, names, N = model.head.weight.device, RESIDUALS[model.config.residual].streams, len(evaluated)
+        self.mean, self.magnitude, self.limit = ({stream: torch.zeros(self.S + 1, *shape, device=device) for stream in names}
+                                                 for shape in ((self.T, self.d), (self.T, self.d), (len(QUANTILES),)))
+        self.own = {stream: np.zeros((self.S + 1, 2, N, k), np.int64) for stream in names}                       # positions, dimensions
+        self.over = {stream: np.zeros((self.S + 1, len(QUANTILES), N, self.T), bool) for stream in names}        # is an entry above the limit?
         ranks = [math.ceil(q * self.T * self.d) - 1 for q in QUANTILES]
-        for i in range(0, len(starts), batch_size):
-            for level, streams in enumerate(states(model, tokens.windows(starts[i:i + batch_size])[0].to(device))[0]):
-                for stream, x in streams.items():
-                    self.mean[stream][level] += x.sum(0) / len(starts)
-                    self.magnitude[stream][level] += x.abs().sum(0) / len(starts)
-                    self.limit[stream][level] += x.abs().flatten(1).sort(1).values[:, ranks].sum(0) / len(starts)
 
-    def pick(self, stream, level, k):
-        """Returns {what: (positions, dimensions)}: the k largest entries, dimensions at the start token, and dimensions everywhere."""
+        def passes(starts):
+            for i in range(0, len(starts), batch_size):
+                idx = tokens.windows(starts[i:i + batch_size])[0].to(device)
+                for level, streams in enumerate(states(model, idx)[0]):
+                    for stream, x in streams.items():
+                        yield slice(i, i + len(idx)), stream, level, x, x.abs()
+
+        for _, stream, level, x, a in passes(starts):
+            self.mean[stream][level] += x.sum(0) / len(starts)
+            self.magnitude[stream][level] += a.sum(0) / len(starts)
+            self.limit[stream][level] += a.flatten(1).sort(1).values[:, ranks].sum(0) / len(starts)
+        for rows, stream, level, _, a in passes(evaluated):
+            index = topk_first(a.flatten(1), k)[1]
+            self.own[stream][level, :, rows] = torch.stack([index // self.d, index % self.d]).cpu().numpy()
+            self.over[stream][level, :, rows] = (a.amax(-1) > self.limit[stream][level][:, None, None]).cpu().numpy()
+
+    def pick(self, stream, level):
+        """Returns {what: (positions, dimensions)}: the largest dimensions at the start token, and those that are largest everywhere."""
         a = self.magnitude[stream][level]
-        top, start, dims = (topk_first(x.flatten()[None], k)[1][0].tolist() for x in (a, a[0], a.mean(0)))
-        return {'top': (tuple(i // self.d for i in top), tuple(i % self.d for i in top)), 'start': ((0,) * k, tuple(start)), 'dims': (None, tuple(dims))}
+        start, dims = (tuple(topk_first(x[None], self.k)[1][0].tolist()) for x in (a[0], a.mean(0)))
+        return {'start': ((0,) * self.k, start), 'dims': (None, dims)}
+
+    def common(self, stream, level):
+        """Returns the most frequent of the sequences' own entries, [[position, dimension]], and the share of the sequences that have the first."""
+        t, j = self.own[stream][level]
+        index, counts = np.unique(t * self.d + j, return_counts=True)
+        order = (-counts).argsort(kind='stable')[:self.k]
+        return [list(divmod(i, self.d)) for i in index[order].tolist()], number(counts[order[0]] / len(t))
 
     def median_dims(self, stream, level, k, at_start):
         """The k dimensions in the middle of the order by magnitude, at position 0 or over all of them."""
@@ -111,32 +140,49 @@ class Reference:
         i = int(topk_first(a.flatten()[None], 1)[1])
         return float(a.flatten()[i] / a[i // self.d].median())
 
+    def peak(self, stream):
+        """The sublayer where the outlier stands out most, of those that an attention follows: no later prediction sees an edit after the others.
+        Nor do those count where the stream has yet to grow: C holds next to nothing after the first."""
+        size = self.magnitude[stream].mean((1, 2)).tolist()[1:max(2, self.S - 1)]
+        return max((s for s, of in enumerate(size) if of >= max(size) / 4), key=lambda s: self.standout(stream, s + 1))
+
     def other_dims(self, dims, n):
         """Returns the dimensions that are not in dims, in an order that depends on the seed and on n, the number of the sequence."""
         order = philox(self.seed, 2**32 + n).random_raw(self.d).argsort(kind='stable')
         return order[~np.isin(order, dims)]
 
     def entries(self, edit, n):
-        """Returns the positions, or None for all, and the dimensions that an edit changes in sequence n."""
-        if edit.control != 'random':
-            return edit.positions, edit.dims
-        positions = edit.positions and (philox(self.seed, 2**33 + n).random_raw(len(edit.dims)) % np.uint64(self.T)).tolist()
-        return positions, self.other_dims(edit.dims, n)[:len(edit.dims)].tolist()
+        """Returns the positions, or None for all, and the dimensions that an edit changes in sequence n of the evaluated ones."""
+        positions, dims = self.own[edit.stream][edit.own, :, n].tolist() if edit.own else (edit.positions, edit.dims)
+        if edit.control == 'other':
+            positions = [(t + self.T // 2) % self.T for t in positions]
+        if edit.control == 'random':
+            positions = positions and (philox(self.seed, 2**33 + n).random_raw(len(dims)) % np.uint64(self.T)).tolist()
+            dims = self.other_dims(dims, n)[:len(dims)]
+        return positions, dims
+
+    def touched(self, edit, N):
+        """Returns (N, T) bool: the positions that an edit changes in the first N evaluated sequences."""
+        if edit.how == 'clip':
+            return self.over[edit.stream][list(edit.levels), QUANTILES.index(edit.quantile), :N].any(0)
+        at = np.zeros((N, self.T), bool)
+        for n in range(N):
+            positions = self.entries(edit, n)[0]
+            at[n, slice(None) if positions is None else list(positions)] = True
+        return at
 
     def aim(self, edit, sequences):
         """Returns the mask of the entries that an edit replaces in these sequences, (B, T, d) bool, and for `moved`, (B, d): the dimension whose
         change each takes."""
-        mask = torch.zeros(len(sequences), self.T, self.d, dtype=torch.bool)
-        for row, n in zip(mask, sequences):
-            positions, dims = map(list, self.entries(edit, n)) if edit.positions is not None else (slice(None), list(self.entries(edit, n)[1]))
-            row[positions, dims] = True
-        if edit.control != 'moved':
-            return mask, None
-        few = tuple(set(edit.dims)) if len(edit.dims) <= self.d // 2 else ()  # they take the first of the others, which take the next
-        order = np.stack([np.append(few, self.other_dims(few, n)).astype(np.int64) for n in sequences])
-        source = np.empty_like(order)
-        np.put_along_axis(source, np.roll(order, -max(1, len(few)), 1), order, 1)
-        return mask, torch.from_numpy(source)
+        mask, source = torch.zeros(len(sequences), self.T, self.d, dtype=torch.bool), np.empty((len(sequences), self.d), np.int64)
+        for row, taken, n in zip(mask, source, sequences):
+            positions, dims = self.entries(edit, n)
+            row[slice(None) if positions is None else list(positions), list(dims)] = True
+            if edit.control == 'moved':
+                few = sorted(set(dims)) if len(dims) <= self.d // 2 else []  # they take the first of the others, which take the next
+                order = np.append(few, self.other_dims(few, n)).astype(np.int64)
+                taken[np.roll(order, -max(1, len(few)))] = order
+        return mask, torch.from_numpy(source) if edit.control == 'moved' else None
 
     def change(self, edit, level, x, mask):
         """x: (B, T or fewer, d), the edit's stream at that level. Returns what the edit makes of it."""
@@ -211,44 +257,47 @@ def evaluate(model, tokens, starts, edits, reference, batch_size, progress=lambd
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction='none').view_as(targets)
             results[edit].append(loss.cpu().numpy())
             progress((i * len(results) + (count + 1) * len(idx)) / (len(starts) * len(results)))
-    unedited, *after = (np.concatenate(parts) for parts in results.values())
-    return unedited, dict(zip(edits, after))
+    results = {edit: np.concatenate(parts) for edit, parts in results.items()}
+    return results.pop(None), results
 
 
 def with_controls(edit, reference, level):
     """Returns {'edit': edit, name: each of its controls}; level: where its entries were chosen. Nothing is evaluated that has not come through here."""
-    group, k = {'edit': edit}, len(edit.dims)
+    group, k, placed = {'edit': edit}, reference.k if edit.own else len(edit.dims), bool(edit.own or edit.positions)
     if 0 < k < reference.d:
         group['random'] = replace(edit, control='random')
-        group['median'] = replace(edit, dims=reference.median_dims(edit.stream, level, k, edit.positions is not None), positions=edit.positions and (0,) * k)
-        if edit.positions is not None:
-            group['other'] = replace(edit, positions=tuple((t + reference.T // 2) % reference.T for t in edit.positions))
+        group['median'] = replace(edit, own=0, dims=reference.median_dims(edit.stream, level, k, placed), positions=(0,) * k if placed else None)
+        if placed:
+            group['other'] = replace(edit, control='other')
     return {**group, 'moved': replace(edit, control='moved')}
 
 
-def plan(reference, stream, s, hows, k, decoded, alone):
+def plan(reference, stream, s, hows, decoded, alone):
     """Returns what is tried at sublayer s: a list of results that have yet to be evaluated. decoded: is it this stream? alone: is there no other?"""
-    def add(where, what, how, reach, levels, chosen_at, positions=None, dims=(), quantile=0.0):
-        group = with_controls(Edit(where, stream, tuple(levels), how, dims, positions, quantile), reference, chosen_at)
-        entries = [] if what == 'all' else [[t, j] for t, j in zip(positions or [None] * len(dims), dims)]
-        results.append({'stream': stream, 'sublayer': s, 'where': where, 'what': what, 'how': f'clip {quantile}' if quantile else how, 'reach': reach,
-                        'entries': entries, 'standout': number(reference.standout(stream, chosen_at)), 'group': group})
+    def add(where, what, how, reach, levels, chosen_at, positions=None, dims=(), **settings):
+        edit = Edit(where, stream, tuple(levels), how, dims, positions, **settings)
+        entries, share = reference.common(stream, edit.own) if edit.own else ([[t, j] for t, j in zip(positions or [None] * len(dims), dims)], None)
+        results.append({'stream': stream, 'sublayer': s, 'where': where, 'what': what, 'how': f'clip {edit.quantile}' if how == 'clip' else how, 'reach': reach,
+                        'entries': [] if what == 'all' else entries, 'share': share, 'standout': number(reference.standout(stream, chosen_at)),
+                        'group': with_controls(edit, reference, chosen_at)})
 
     results, S, replacing = [], reference.S, [how for how in hows if how != 'clip']
-    reaches = {'once': (s + 1,), 'downstream': range(s + 1, S + 1)}
-    for what, (positions, dims) in reference.pick(stream, s + 1, k).items():
+    here, last, reaches = reference.pick(stream, s + 1), reference.pick(stream, S), {'once': (s + 1,), 'downstream': range(s + 1, S + 1)}
+    for what in ('top', *here):
         for how in replacing:
             for reach, levels in reaches.items():
-                add('stream', what, how, reach, levels, s + 1, positions, dims)
-    for quantile in QUANTILES if 'clip' in hows else ():
-        for reach, levels in reaches.items():
+                add('stream', what, how, reach, levels, s + 1, *here.get(what, ()), own=0 if what in here else s + 1)
+    for reach, levels in reaches.items():
+        for quantile in QUANTILES if 'clip' in hows else ():
             add('stream', 'all', 'clip', reach, levels, s + 1, quantile=quantile)
     if not decoded:
         return results
     for how in replacing:
-        for what in ('start', 'dims'):
-            add('reads', what, how, 'every', range(S), s + 1, *reference.pick(stream, s + 1, k)[what])
-            add('decoder', what, how, '', (S,), S, *reference.pick(stream, S, k)[what])
+        for what, entries in here.items():
+            add('reads', what, how, 'every', range(S), s + 1, *entries)
+            add('decoder', what, how, '', (S,), s + 1, *entries)
+            if set(last[what][1]) != set(entries[1]):
+                add('decoder', f'last {what}', how, '', (S,), S, *last[what])
         if not alone:
             add('reads', 'all', how, 'every', range(S), s + 1, None, tuple(range(reference.d)))
     return results
@@ -260,38 +309,35 @@ def span(weights, totals, counts):
     return totals[counts > 0] / counts[counts > 0] if counts[0] else None
 
 
-def rounded(values):
-    return None if values is None else {key: value for key, value in headline(values).items() if key in ('value', 'low', 'high')}
+def rounded(values, sequences):
+    """values: what span returns; sequences: how many of them bear on it."""
+    return values if values is None else {key: value if key == 'value' or sequences >= FEW else None
+                                          for key, value in headline(values).items() if key in ('value', 'low', 'high')}
 
 
-def outcome(before, after, positions, weights, labels):
-    """before, after: (N, T) losses. positions: for each sequence those edited, or None for all. labels: {breakdown: ((N, T) places, names)}."""
-    N, T = before.shape
+def outcome(before, after, at, weights, labels):
+    """before, after: (N, T) losses. at: (N, T) bool, the positions edited. labels: {breakdown: ((N, T) places, names)}."""
     change = after.astype(np.float64) - before
-    at, later = np.ones((N, T), bool), np.zeros((N, T), bool)
-    for n, edited_at in enumerate(positions):
-        if edited_at is not None:
-            at[n] = np.isin(np.arange(T), edited_at)
-            later[n] = ~at[n] & (np.arange(T) > min(edited_at))
 
-    def of(chosen):
-        return span(weights, (change * chosen).sum(1), chosen.sum(1))
+    def of(chosen, scale=lambda values: values):
+        values = span(weights, (change * chosen).sum(1), chosen.sum(1))
+        return None if values is None else rounded(scale(values), chosen.any(1).sum())
     loss = after.mean(dtype=np.float64)
-    return {'loss': number(loss), 'perplexity': number(np.exp(loss)), 'ratio': rounded(np.exp(of(np.ones((N, T))))),
-            'edited': rounded(of(at)), 'later': rounded(of(later)),
-            'by': {name: {names[i]: list(rounded(of(places == i)).values()) for i in np.unique(places)} for name, (places, names) in labels.items()}}
+    return {'loss': number(loss), 'perplexity': number(np.exp(loss)), 'ratio': of(np.ones_like(at), np.exp),
+            'edited': of(at), 'later': of(~at & np.logical_or.accumulate(at, 1)),
+            'by': {name: {names[i]: list(of(places == i).values()) for i in np.unique(places)} for name, (places, names) in labels.items()}}
 
 
 def finish(results, unedited, losses, reference, weights, labels, kinds):
     """Turns the results' groups of edits into outcomes. kinds: (N, T) places of the inputs' classes, or None: no breakdowns."""
+    N, T = unedited.shape
     for result in results:
         outcomes, carried = {}, {}
         for name, edit in result.pop('group').items():
-            positions = [reference.entries(edit, n)[0] for n in range(len(unedited))]
-            if labels and positions[0] is not None:
-                carrier = kinds[range(len(kinds)), [t[0] for t in positions]]
-                carried = {'carrier': (np.repeat(carrier[:, None], unedited.shape[1], 1), labels['class'][1])}
-            outcomes[name] = outcome(unedited, losses[edit], positions, weights, {**labels, **carried})
+            if labels and (edit.own or edit.positions):
+                carrier = [kinds[n, reference.entries(edit, n)[0][0]] for n in range(N)]
+                carried = {'carrier': (np.repeat(np.array(carrier)[:, None], T, 1), labels['class'][1])}
+            outcomes[name] = outcome(unedited, losses[edit], reference.touched(edit, N), weights, {**labels, **carried})
         result.update(edit=outcomes.pop('edit'), controls=outcomes)
     return results
 
@@ -309,8 +355,8 @@ def label(tokens, starts, meta):
 
 @torch.no_grad()
 def attention(model, tokens, starts, batch_size, reference, edit, positions=()):
-    """Returns the sink of every head under the edit, (n_layer, n_head), and {position: (2, n_layer, n_head)}: what the position's value adds to later
-    outputs, p̄ W v with p̄ its mean probability, as the norm of its mean over sequences and as the mean of its norms. Equal: a constant, an implicit bias."""
+    """Returns the sink of every head under the edit, (n_layer, n_head), and {position: (2, n_layer, n_head)}: of what the position's value adds to later
+    outputs, p̄ W v with p̄ its mean probability, the square of its mean over sequences and the mean of its square."""
     statistics, device = Statistics(1), model.head.weight.device
 
     def on_qkv(layer, attend, qkv):
@@ -321,7 +367,7 @@ def attention(model, tokens, starts, batch_size, reference, edit, positions=()):
             one_hot[:, :, t] = 1
             p = attend.attend(q, k, one_hot)[:, :, t:, 0].mean(-1)
             added = p[..., None] * torch.einsum('bhe,dhe->bhd', v[:, :, t], attend.proj.weight.unflatten(1, (attend.n_head, -1)))
-            statistics.add((layer, t), torch.cat([added, torch.linalg.vector_norm(added, dim=-1, keepdim=True)], -1))
+            statistics.add((layer, t), torch.cat([added, added.square().sum(-1, keepdim=True)], -1))
 
     for i in range(0, len(starts), batch_size):
         idx = tokens.windows(starts[i:i + batch_size])[0].to(device)
@@ -331,7 +377,14 @@ def attention(model, tokens, starts, batch_size, reference, edit, positions=()):
 
     def layers(key):
         return np.stack([statistics.mean((layer, key))[0] for layer in range(model.config.n_layer)])
-    return layers('sink'), {t: np.stack([np.linalg.norm(layers(t)[..., :-1], axis=-1), layers(t)[..., -1]]) for t in positions}
+    return layers('sink'), {t: np.stack([np.square(layers(t)[..., :-1]).sum(-1), layers(t)[..., -1]]) for t in positions}
+
+
+def constancy(of_mean, mean_of, n):
+    """of_mean, mean_of: the square of the mean of vectors over n sequences and the mean of their squares, (…, n_head). Returns (…): the share of the
+    mean square that is the true mean's, 1 for a constant, an implicit bias, and 0 for what has no mean. n vectors without one still have
+    a mean of 1/n of their square: (n of_mean − mean_of) / (n − 1) in the place of of_mean is unbiased."""
+    return np.clip((n * of_mean.sum(-1) / mean_of.sum(-1) - 1) / (n - 1), 0, 1)
 
 
 @torch.no_grad()
@@ -369,9 +422,9 @@ def sinks_and_constants(model, tokens, starts, batch_size, reference, few):
     unedited, added = look(NOTHING, (0, 1, reference.T // 2))
     edits = [{**names(result), **look(edit)[0], 'control': look(control)[0]} for result in few for edit, control in [pair(result['group'])]]
     with np.errstate(invalid='ignore'):  # where nothing is added
-        constancy = {t: {'constancy': number(mean.sum() / norms.sum()), 'norm': number(norms.mean()),
-                         'by_layer': [number(v) for v in mean.sum(1) / norms.sum(1)]} for t, (mean, norms) in added.items()}
-    return {'sequences': len(starts), 'unedited': unedited, 'edits': edits, 'constancy': constancy}
+        constant = {t: {'constancy': number(constancy(*squares.reshape(2, -1), len(starts))), 'norm': number(np.sqrt(squares[1].mean())),
+                        'by_layer': [number(v) for v in constancy(*squares, len(starts))]} for t, squares in added.items()}
+    return {'sequences': len(starts), 'unedited': unedited, 'edits': edits, 'constancy': constant}
 
 
 def continuations(model, prompts, seed, reference, few, coder):
@@ -396,45 +449,52 @@ def intervene(checkpoint, path, tokens, meta, args):
         raise UserError(f'--sublayer={args.sublayer}, but {path} has sublayers 0 to {S - 1}')
     if args.top > model.config.n_embd // 4:
         raise UserError(f'--top={args.top}, but {path} has {model.config.n_embd} dimensions, and the controls need three times as many others: ask for fewer')
-    starts = tokens.fixed_starts(N + min(N, CALIBRATION), args.seed)
-    if len(starts) < N + min(N, CALIBRATION):
-        raise UserError(f'--sequences={N} and {min(N, CALIBRATION)} more to choose entries on, but {tokens.path} holds {len(starts)} windows: ask for fewer')
+    starts = tokens.fixed_starts(N + CALIBRATION, args.seed)
+    if len(starts) < N + ENOUGH:
+        most = len(starts) - ENOUGH
+        raise UserError(f'--sequences={N} and at least {ENOUGH} more to choose entries on, but {tokens.path} holds {len(starts)} windows: '
+                        + (f'ask for at most {most}' if most >= 2 else 'name a larger set with --data'))
     batch_size = max(1, (8192 if args.device == 'cuda' else 4096) // tokens.block_size)
     labels, kinds = label(tokens, starts[:N], meta)
-    reference, weights = Reference(model, tokens, starts[N:], batch_size, args.seed), bootstrap_weights(args.seed, range(N), REPLICATES)
+    reference = Reference(model, tokens, starts[N:], starts[:N], args.top, batch_size, args.seed)
+    weights = bootstrap_weights(args.seed, range(N), REPLICATES)
 
     def losses_of(results, count, what):
         edits = list(dict.fromkeys(edit for result in results for edit in result['group'].values()))
         return len(edits), *evaluate(model, tokens, starts[:count], edits, reference, batch_size, lambda share: progress(
             f'{path}: {what}, {len(edits)} edits of {count} sequences, {share:.0%}' * (share < 1)))
 
-    # the last sublayer is no candidate: after it, an edit changes the predictions at its own positions only
-    peak = {stream: max(range(S - 1), key=lambda s: reference.standout(stream, s + 1)) for stream in streams}
-    chosen = {stream: [peak[stream]] if args.sublayer == 'auto' else range(S) if args.sublayer == 'all' else [int(args.sublayer)] for stream in streams}
     decoded, alone = None if model.config.decode_gamma else operator.decoded, len(operator.streams) == 1
-    results = {(stream, s): plan(reference, stream, s, HOWS[args.how], args.top, stream == decoded, alone)
-               for stream in streams for s in chosen[stream]}
+    reached = {stream: range(S - (decoded not in (None, stream))) for stream in streams}  # nothing reads the other stream after the last sublayer
+    peak = {stream: reference.peak(stream) for stream in streams}
+    chosen = {stream: [s for s in reached[stream] if args.sublayer == 'all' or s == (peak[stream] if args.sublayer == 'auto' else int(args.sublayer))]
+              for stream in streams}
+    streams = [stream for stream in streams if chosen[stream]]
+    if not streams:
+        raise UserError(f'--stream={args.stream} --sublayer={args.sublayer}, but nothing reads that: ask for an earlier sublayer, or for {decoded}')
+    results = {(stream, s): plan(reference, stream, s, HOWS[args.how], stream == decoded, alone) for stream in streams for s in chosen[stream]}
     figured = {stream: results[stream, peak[stream] if peak[stream] in chosen[stream] else chosen[stream][0]] for stream in streams}
     few = [result for group in figured.values() for result in shown(group)]
-    heads = sinks_and_constants(model, tokens, starts[:min(N, 16)], batch_size, reference, few)
+    heads = sinks_and_constants(model, tokens, starts[:N], batch_size, reference, few)
     prompts = tokens.windows(starts[N:][:PROMPTS])[0][:, :min(64, tokens.block_size // 2)].to(args.device)
     samples = continuations(model, prompts, args.seed, reference, few, encoding(meta['tokenizer']))
     results = [result for group in results.values() for result in group]
     evaluations, before, losses = losses_of(results, N, 'interventions')
     finish(results, before, losses, reference, weights, labels, kinds)
-    sweep = []
+    sweep, swept = [], max(N // 2, min(N, FEW))
     if args.sublayer == 'auto':
-        sweep = [result for stream in streams for s in range(S) for result in plan(reference, stream, s, ('zero',), args.top, False, True)
-                 if (result['what'], result['reach']) == ('top', 'once')]
-        count, unedited, losses = losses_of(sweep, max(2, N // 2), 'every sublayer')
+        tried = [result for stream in streams for s in reached[stream] for result in plan(reference, stream, s, ('zero',), False, True)]
+        sweep = [result for stream in streams for what in SWEPT for result in tried if (result['stream'], result['what'], result['reach']) == (stream, what, 'once')]
+        count, unedited, losses = losses_of(sweep, swept, 'every sublayer')
         evaluations += count
         finish(sweep, unedited, losses, reference, weights[:, :len(unedited)], {}, None)
     loss = span(weights, before.sum(1, dtype=np.float64), np.full(N, reference.T))
     report = {'schema': 1, 'checkpoint': str(path), 'iter_num': checkpoint['iter_num'], 'model': {**checkpoint['model_args'], 'parameters': model.num_params()},
-              'data': {'name': tokens.path.parent.name, 'split': 'val', 'sequences': N, 'calibration': len(starts) - N, 'sweep_sequences': max(2, N // 2),
+              'data': {'name': tokens.path.parent.name, 'split': 'val', 'sequences': N, 'calibration': len(starts) - N, 'sweep_sequences': swept,
                        'block_size': tokens.block_size, 'seed': args.seed},
-              'evaluations': evaluations, 'loss': rounded(loss), 'perplexity': number(np.exp(loss[0])), 'sweep': sweep, 'results': results,
-              'before': {name: {of[i]: {'share': number((places == i).mean()), 'loss': number(before[places == i].mean(dtype=np.float64))} for i in np.unique(places)}
+              'evaluations': evaluations, 'loss': rounded(loss, N), 'perplexity': number(np.exp(loss[0])), 'sweep': sweep, 'results': results,
+              'before': {name: {of[i]: {'share': number(found.mean()), 'sequences': int(found.any(1).sum()), 'loss': number(before[found].mean(dtype=np.float64))}
+                                for i in np.unique(places) for found in [places == i]}
                          for name, (places, of) in labels.items()},
               'attention': heads, 'samples': samples}
     return report, figured
@@ -449,8 +509,14 @@ def ratio_text(q):
     return short(q, 3) if q is None or not 0.1 <= q < 10 else f'{q:.4f}'
 
 
-def row(head, interval, changes, controls):
-    return f'{head:36} {interval:25}' + ' '.join(f'{change:>8}' for change in changes) + ' |' + ''.join(f'{control:>7}' for control in controls)
+def signed(q):
+    """A change of loss in at most 7 characters."""
+    v = q and q['value']
+    return '–' if v is None else '-+'[v >= 0] + short(abs(v), 3)
+
+
+def row(head, interval, loss, changes, controls):
+    return f'{head:33.33} {interval:24}{loss:>6} ' + ' '.join(f'{change:>7}' for change in changes) + ' |' + ''.join(f'{control:>7}' for control in controls)
 
 
 def result_row(head, result):
@@ -458,25 +524,26 @@ def result_row(head, result):
     edit, controls = result['edit'], result['controls']
     q, others = edit['ratio'], [control['ratio'] for control in controls.values()]
     apart = all(None not in (q['low'], q['high'], c['low'], c['high']) and (q['low'] > c['high'] or q['high'] < c['low']) for c in others)
-    return row(head, f"{ratio_text(q['value'])} [{ratio_text(q['low'])}, {ratio_text(q['high'])}]" + '*' * apart,
-               [f"{edit[key]['value']:+.2g}" if edit[key] and edit[key]['value'] is not None else '–' for key in ('edited', 'later')],
-               [ratio_text(controls[name]['ratio']['value']) if name in controls else '' for name in CONTROLS])
+    return row(head, f"{ratio_text(q['value'])} [{ratio_text(q['low'])}, {ratio_text(q['high'])}]" + '*' * apart, short(edit['loss'], 4),
+               [signed(edit[key]) for key in ('edited', 'later')], [ratio_text(controls[name]['ratio']['value']) if name in controls else '' for name in CONTROLS])
 
 
 def print_report(name, report):
-    data, columns = report['data'], ('ratio [95% interval]', ('edited', 'later'), CONTROLS)
+    data, columns = report['data'], ('ratio [95% interval]', 'loss', ('edited', 'later'), CONTROLS)
     print(f"\n{name}, iteration {report['iter_num']}: {data['sequences']} sequences of {data['block_size']} tokens, {data['name']} val, seed {data['seed']}; "
           f"{report['evaluations']} edits")
-    print(f"perplexity {short(report['perplexity'], 4)}; ratio: after an edit to before; changes of loss in nats; * apart from every control")
-    for stream, results in groupby(report['sweep'], lambda result: result['stream']):
-        print('\n' + row(f'{stream}, top entries (× median) zeroed', *columns))
+    print(f"loss {short(report['loss']['value'], 4)}, perplexity {short(report['perplexity'], 4)}. Ratio of perplexities, after an edit to before; loss after it; "
+          'changes of\nloss at edited positions and later; ratios of the controls; * apart from them all')
+    for (stream, what), results in groupby(report['sweep'], lambda result: (result['stream'], result['what'])):
+        print('\n' + row(f'{stream}, {what} zeroed after sublayer', *columns))
         for result in results:
-            position, dim = result['entries'][0]
-            print(result_row(f"after {result['sublayer']:<3} {dim} at {position}, {short(result['standout'], 3)} ×", result))
+            (position, dim), *_ = result['entries']
+            print(result_row(f"{result['sublayer']:<3} " + (f"{dim} at {position} in {result['share']:.0%}, {short(result['standout'], 3)} ×" if what == 'top' else
+                                                           ' '.join(str(j) for _, j in result['entries'])), result))
     for (stream, s), results in groupby(report['results'], lambda result: (result['stream'], result['sublayer'])):
         print('\n' + row(f'{stream} after sublayer {s}', *columns))
         for result in results:
-            print(result_row(f"{result['where']:8}{result['what']:6}{result['how']:12}{result['reach']}", result))
+            print(result_row(f"{result['where']:8}{result['what'] + ' ' + result['how'].replace(' 0.', ' .'):14} {result['reach']}", result))
 
 
 def print_details(report, figured):
@@ -503,6 +570,7 @@ def print_details(report, figured):
 
 
 def point(axis, y, value, low, high, label, **style):
+    low, high, value = (math.nan if x is None else x for x in (low, high, value))
     axis.plot([low, high], [y, y], color=style['color'], linewidth=1.2)
     axis.plot(value, y, linestyle='', label=label, **style)
 
@@ -512,34 +580,64 @@ def finish_panel(axis, lines, unchanged, **settings):
     axis.set_yticks(range(len(lines)), lines, fontsize='small')
     axis.axvline(unchanged, color='#999999', linewidth=0.8)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize='small')
 
 
-def draw_ratios(name, figured, path):
-    """Every intervention of a stream in a line, with its controls and 95% intervals."""
-    height = 1.3 + 0.2 * max(map(len, figured.values()))
-    with figure(path, f'{name}: perplexity after ÷ before\nbars: 95% intervals over sequences', 1, len(figured), (6.2, height)) as axes:
-        from matplotlib.ticker import MaxNLocator
+def ratio_ticks(axis):
+    """Gives an axis of ratios in logarithms plain numbers to read, 1 always among them and none upon it."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
+    low, high = axis.get_view_interval()
+    low, high = min(low, 1), max(high, 1)
+    ticks = (MaxNLocator(6, steps=(1, 2, 5, 10)) if high < 10 * low else LogLocator(10, (1, 2, 5) if high < 1000 * low else (1,))).tick_values(low, high)
+    axis.set_ticks([1, *(t for t in ticks if low <= t <= high and abs(math.log(t)) > 0.08 * math.log(high / low))])
+    axis.set_major_formatter('{x:.8g}')
+    axis.set_minor_formatter('')
+
+
+def legend_below(axes, columns):
+    """One legend for the whole figure, beside the data."""
+    handles, labels = (sum(parts, []) for parts in zip(*(axis.get_legend_handles_labels() for axis in axes)))
+    axes[0].figure.legend(handles, labels, loc='outside lower center', ncols=columns, fontsize='small')
+
+
+def draw_ratios(name, figured, sweep, path):
+    """Every intervention of a stream in a line, with its controls and 95% intervals; below, the sweep over the sublayers."""
+    heights = [1.2 + 0.2 * max(map(len, figured.values())), 3.2][:1 + bool(sweep)]
+    with figure(path, f'{name}: perplexity after ÷ before\nbars: 95% intervals over sequences', len(heights), len(figured),
+                (6.2, sum(heights) / len(heights))) as axes:
+        axes = list(axes)
+        axes[0].get_gridspec().set_height_ratios(heights)
         for axis, (stream, results) in zip(axes, figured.items()):
-            seen = set()
             for y, result in enumerate(results):
-                for kind, of in {**result['controls'], 'edit': result['edit']}.items():
-                    place, size = (y, 6) if kind == 'edit' else (y + 0.18 * (CONTROLS.index(kind) - 1.5), 3.5)
-                    point(axis, place, **of['ratio'], label=None if kind in seen else kind, markersize=size, **MARKS[kind])
-                    seen.add(kind)
-            finish_panel(axis, [f"{r['where']} {r['what']}, {r['how']} {r['reach']}" for r in results], 1, title=f"{stream}, sublayer {results[0]['sublayer']}",
-                         xscale='log', xlabel='perplexity ratio (log scale)')
-            low, high = axis.get_xlim()
-            if high < 10 * low:  # no power of ten to speak of
-                axis.xaxis.set_major_locator(MaxNLocator(6))
-            axis.xaxis.set_major_formatter('{x:g}')
-            axis.xaxis.set_minor_formatter('')
+                for kind, of in {'edit': result['edit'], **result['controls']}.items():
+                    place = y if kind == 'edit' else y + 0.18 * (CONTROLS.index(kind) - 1.5)
+                    point(axis, place, **of['ratio'], label=None if y else kind, **{'markersize': 3.5, **MARKS[kind]})
+            lines = [f"{r['where']} {r['what']}, {r['how']} {r['reach']}" for r in results]
+            finish_panel(axis, lines, 1, xscale='log', xlabel='perplexity ratio (log scale)',
+                         title=f"{stream}: entries of sublayer {results[0]['sublayer']}" + " ('last': of the last)" * ('last' in ' '.join(lines)))
+            ratio_ticks(axis.xaxis)
+        for axis, stream in zip(axes[len(figured):], figured):
+            draw_sweep(axis, stream, [result for result in sweep if result['stream'] == stream])
+        legend_below(axes[::len(figured)], 1 + 2 * len(figured))
+
+
+def draw_sweep(axis, stream, sweep):
+    """Along the depth, what it does to zero entries once; thin, the same in other places."""
+    for what, style in SWEPT.items():
+        results = [result for result in sweep if result['what'] == what]
+        for kind, line in {'random': dict(linestyle=':'), 'moved': dict(linestyle='--'), '': dict(linewidth=1.6, markersize=4, marker=style['marker'])}.items():
+            of = [(result['controls'][kind] if kind else result['edit'])['ratio']['value'] for result in results]
+            axis.plot([result['sublayer'] for result in results], [math.nan if v is None else v for v in of], color=style['color'],
+                      label=f'{what} zeroed once' + f', {kind}' * bool(kind), **{'linewidth': 0.8, **line})
+    axis.axhline(1, color='#999999', linewidth=0.8)
+    axis.set(title=f'{stream}, every sublayer', xlabel='sublayer (even: attention, odd: MLP)', ylabel='perplexity ratio (log scale)', yscale='log')
+    axis.grid(alpha=0.3)
+    ratio_ticks(axis.yaxis)
 
 
 def draw_classes(name, before, figured, path):
     """What the shown interventions, and the same changes in other dimensions, do to the loss of every class of predicted tokens."""
     classes = before['class']
-    with figure(path, f'{name}: change of loss by class of the predicted token\nbars: 95% intervals over sequences', 1, len(figured), (5.6, 1.6 + 0.4 * len(classes))) as axes:
+    with figure(path, f'{name}: change of loss by class of the predicted token\nbars: 95% intervals over sequences', 1, len(figured), (5.6, 2 + 0.4 * len(classes))) as axes:
         for axis, results in zip(axes, map(shown, figured.values())):
             for i, result in enumerate(results):
                 for j, of in enumerate(pair({**result['controls'], 'edit': result['edit']})):
@@ -550,6 +648,7 @@ def draw_classes(name, before, figured, path):
             finish_panel(axis, [f"{key} ({line['share']:.1%})" for key, line in classes.items()], 0, xlabel='change of loss (nats per token)',
                          title=f"{results[0]['stream']}, sublayer {results[0]['sublayer']} and downstream")
             axis.locator_params(axis='x', nbins=6)
+        legend_below(axes[:1], 4)
 
 
 def parse_arguments(argv):
@@ -583,10 +682,10 @@ def run(argv):
         report, figured = intervene(checkpoint, path, tokens, read_meta(tokens.path.parent), args)
         with atomic_write(out / f'intervene{suffix}.json', 'w') as file:
             json.dump(report, file, separators=(',', ':'))
-        draw_ratios(name, figured, out / f'intervene{suffix}.png')
-        draw_classes(name, report['before'], figured, out / f'intervene_class{suffix}.png')
         print_report(name, report)
         print_details(report, figured)
+        draw_ratios(name, figured, report['sweep'], out / f'intervene{suffix}.png')
+        draw_classes(name, report['before'], figured, out / f'intervene_class{suffix}.png')
         print(f'written: {os.path.relpath(out)}/intervene{suffix}.json, intervene{suffix}.png, intervene_class{suffix}.png')
 
 

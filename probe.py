@@ -285,8 +285,9 @@ def print_run(name, report):
 def draw(name, report, path):
     """A panel for each stream and sublayer: balanced accuracy in every task, for what the probe is told; bars from the smallest to the largest over the seeds."""
     panels = [(stream, place) for stream, places in report['streams'].items() for place in places]
-    with figure(path, f"{name}, iteration {report['iter_num']}: what probes read from the {report['settings']['top']} dimensions of largest magnitude",
-                len(panels), 1, (10, 3)) as axes:
+    top = report['settings']['top']
+    with figure(path, f"{name}, iteration {report['iter_num']}: what probes read from a stream\n"
+                f'mean, start: the {top} largest dimensions over all tokens or at position 0; random: {top} others; all: every one', len(panels), 1, (10, 3)) as axes:
         for axis, (stream, place) in zip(axes, panels):
             for i, told in enumerate(SETS):
                 for kind, shift in (('linear', -0.045), ('hidden', 0.045)):
@@ -297,6 +298,8 @@ def draw(name, report, path):
                                   markerfacecolor=SET_STYLE[told]['color'] if kind == 'linear' else 'white', label=f'{told}, {kind}')
                     axis.hlines([100 * q['balanced_shuffled']['value'] for q in rows], x - 0.045, x + 0.045, color='#000000', linewidth=1.2,
                                 label='shuffled labels' if (i, kind) == (3, 'hidden') else None)
+            axis.hlines([100 / len(t['classes']) for t in place['tasks'].values()], np.arange(len(rows)) - 0.45, np.arange(len(rows)) + 0.45, color='#CC79A7',
+                        linestyle='--', linewidth=1, zorder=1, label='chance: 1 ÷ number of classes')
             axis.set(title=f"{stream} after {place['kind']} {place['sublayer']} ({place['because']})", ylabel='balanced accuracy (%)', ylim=(0, 105))
             axis.set_xticks(range(len(place['tasks'])), list(place['tasks']))
             axis.grid(alpha=0.3, axis='y')
@@ -315,7 +318,8 @@ def parse_arguments(argv):
     parser.add_argument('--data', help="dataset to probe on, a name below data/ or a path (default: the run's own)")
     parser.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
     parser.add_argument('--out', type=Path, help="folder for probe.json and the figure (default: the run's own)")
-    parser.set_defaults(split='val', topk=1, force=False)  # what open_runs asks for besides
+    parser.add_argument('--force', action='store_true', help='go on although the data are not those of the training')
+    parser.set_defaults(split='val', topk=1)  # what open_runs asks for besides
     args = parser.parse_args(argv)
     for name, least in (('top', 1), ('sequences', 2), ('tokens', 64), ('seeds', 1)):
         if getattr(args, name) < least:

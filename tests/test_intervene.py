@@ -16,11 +16,11 @@ import torch
 import intervene
 from data.classes import CLASSES, classify, structure
 from data.loader import Tokens, encoding
-from intervene import CONTROLS, Edit, Reference, attention, edited, evaluate, outcome, plan, sample, states, with_controls
+from intervene import CONTROLS, Edit, Reference, attention, constancy, edited, evaluate, outcome, plan, sample, states, with_controls
 from measure import bootstrap_weights
 from model import GPT, GPTConfig, build_model, load_checkpoint
 
-N, T, D, S = 6, 16, 20, 4
+N, T, D, S, K = 6, 16, 20, 4, 3
 SMALL = dict(block_size=T, vocab_size=257, n_layer=S // 2, n_head=2, n_embd=D, gate_rank=3)
 ARMS = {'baseline': dict(qk_norm=True), 'ledger': dict(residual='ledger'), 'bias': dict(attn_bias_kv=True)}
 STREAMS = [('baseline', 'h'), ('ledger', 'D'), ('ledger', 'C')]
@@ -67,7 +67,7 @@ def lab(tmp_path_factory):
     starts = tokens.fixed_starts(2 * N)
     models = {arm: random_model(arm) for arm in ARMS}
     return SimpleNamespace(root=root, tokens=tokens, starts=starts[:N], idx=tokens.windows(starts[:N])[0], targets=tokens.windows(starts[:N])[1].numpy(),
-                           others=tokens.windows(starts[N:])[0], models=models, references={arm: Reference(models[arm], tokens, starts[N:], 4, 0) for arm in ARMS})
+                           others=tokens.windows(starts[N:])[0], models=models, references={arm: Reference(models[arm], tokens, starts[N:], starts[:N], K, 4, 0) for arm in ARMS})
 
 
 def by_hand(model, idx, touch=lambda where, level, streams: streams):
@@ -124,18 +124,31 @@ def losses(logits, targets):
     return np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
 
 
+def limit_of(x, quantile):
+    """x: (M, T, d). The quantile of the magnitudes of a sequence, its mean over sequences."""
+    return np.mean([np.sort(np.abs(sequence).ravel())[math.ceil(quantile * T * D) - 1] for sequence in x])
+
+
+def largest(x):
+    """x: (T, d). Returns the places of its K largest magnitudes, (position, dimension)."""
+    return [tuple(divmod(int(i), D)) for i in np.argsort(-np.abs(x), axis=None, kind='stable')[:K]]
+
+
 def by_hand_with(lab, arm, edit):
     """Returns what an edit without a control must make of the losses, (N, T)."""
-    others = by_hand(lab.models[arm], lab.others)[1][edit.stream]
+    others, own = by_hand(lab.models[arm], lab.others)[1][edit.stream], by_hand(lab.models[arm], lab.idx)[1][edit.stream]
 
     def touch(where, level, streams):
         if where != edit.where or level not in edit.levels:
             return streams
         x = streams[edit.stream].copy()
         if edit.how == 'clip':
-            rank = math.ceil(edit.quantile * T * D) - 1
-            limit = np.mean([np.sort(np.abs(sequence).ravel())[rank] for sequence in others[level]])
+            limit = limit_of(others[level], edit.quantile)
             x = np.clip(x, -limit, limit)
+        elif edit.own:
+            for n in range(N):
+                for t, j in largest(own[edit.own, n]):
+                    x[n, t, j] = others[level][:, t, j].mean(0) if edit.how == 'mean' else 0
         else:
             for t, j in zip(edit.positions or [slice(None)] * len(edit.dims), edit.dims):
                 x[:, t, j] = others[level][:, t, j].mean(0) if edit.how == 'mean' else 0
@@ -157,6 +170,7 @@ def test_an_edit_is_the_tensor_changed_by_hand(lab, arm, stream, place):
     where, levels = PLACES[place]
     edits = [Edit(where, stream, levels, how, **entries) for how in ('zero', 'mean') for entries in (ENTRIES, dict(dims=(5, 7)))]
     edits.append(Edit(where, stream, levels, 'clip', quantile=0.9))
+    edits += [Edit(where, stream, levels, how, own=2) for how in ('zero', 'mean')]
     before, after = evaluated(lab, arm, edits)
     np.testing.assert_allclose(before, losses(by_hand(lab.models[arm], lab.idx)[0], lab.targets), atol=1e-4)
     for edit in edits:
@@ -225,7 +239,7 @@ def test_without_the_read_coupling_the_ledger_is_one_whose_lambda_is_zero(lab):
 
 @every_stream
 def test_batches_do_not_matter(lab, arm, stream):
-    edits = list(with_controls(Edit('stream', stream, (1, 2), 'zero', **ENTRIES), lab.references[arm], 1).values())
+    edits = [edit for entries in (ENTRIES, dict(own=1)) for edit in with_controls(Edit('stream', stream, (1, 2), 'zero', **entries), lab.references[arm], 1).values()]
     results = [evaluated(lab, arm, edits, batch_size)[1] for batch_size in (1, N)]
     for edit in edits:
         np.testing.assert_allclose(results[0][edit], results[1][edit], atol=1e-5)
@@ -234,9 +248,9 @@ def test_batches_do_not_matter(lab, arm, stream):
 @pytest.mark.gpu
 def test_a_gpu_gives_the_same_losses(lab):
     for arm, stream in STREAMS:
-        edits = [edit for result in plan(lab.references[arm], stream, 1, ('zero', 'mean', 'clip'), 2, stream != 'D', arm != 'ledger') for edit in result['group'].values()]
+        edits = [edit for result in plan(lab.references[arm], stream, 1, ('zero', 'mean', 'clip'), stream != 'D', arm != 'ledger') for edit in result['group'].values()]
         model = random_model(arm).cuda()
-        reference = Reference(model, lab.tokens, lab.tokens.fixed_starts(2 * N)[N:], 4, 0)
+        reference = Reference(model, lab.tokens, lab.tokens.fixed_starts(2 * N)[N:], lab.starts, K, 4, 0)
         before, after = evaluate(model, lab.tokens, lab.starts, edits, reference, 4)
         expected = evaluated(lab, arm, edits)
         np.testing.assert_allclose(before, expected[0], atol=1e-4)
@@ -248,12 +262,51 @@ def test_a_gpu_gives_the_same_losses(lab):
 # ---- which entries, and their controls
 
 @every_stream
-def test_the_largest_entries_are_chosen_on_other_windows(lab, arm, stream):
+def test_the_largest_dimensions_are_chosen_on_other_windows(lab, arm, stream):
     a = np.abs(by_hand(lab.models[arm], lab.others)[1][stream][2]).mean(0)
-    top = np.argsort(-a, axis=None)[:3]
-    assert lab.references[arm].pick(stream, 2, 3) == {'top': (tuple(top // D), tuple(top % D)), 'start': ((0,) * 3, tuple(np.argsort(-a[0])[:3])),
-                                                      'dims': (None, tuple(np.argsort(-a.mean(0))[:3]))}
-    assert lab.references[arm].standout(stream, 2) == pytest.approx(a.max() / np.sort(a[top[0] // D])[(D - 1) // 2], rel=1e-4)
+    assert lab.references[arm].pick(stream, 2) == {'start': ((0,) * K, tuple(np.argsort(-a[0])[:K])), 'dims': (None, tuple(np.argsort(-a.mean(0))[:K]))}
+    t = a.argmax() // D
+    assert lab.references[arm].standout(stream, 2) == pytest.approx(a.max() / np.sort(a[t])[(D - 1) // 2], rel=1e-4)
+
+
+@every_stream
+def test_top_are_the_largest_entries_of_each_evaluated_sequence_itself(lab, arm, stream):
+    reference, x = lab.references[arm], by_hand(lab.models[arm], lab.idx)[1][stream][2]
+    own = [largest(sequence) for sequence in x]
+    assert [list(zip(*reference.entries(Edit('stream', stream, (3,), 'zero', own=2), n))) for n in range(N)] == own
+    assert len(set(map(tuple, own))) > 1, 'not the same in all'
+    entries, share = reference.common(stream, 2)
+    counts = {entry: sum(entry in of for of in own) for of in own for entry in of}
+    assert [counts[tuple(entry)] for entry in entries] == sorted(counts.values(), reverse=True)[:K] and share == pytest.approx(counts[tuple(entries[0])] / N)
+
+
+@every_stream
+def test_a_position_that_clip_edits_has_an_entry_over_the_limit(lab, arm, stream):
+    x, others = (by_hand(lab.models[arm], idx)[1][stream] for idx in (lab.idx, lab.others))
+    for quantile in (0.99, 0.9):
+        over = [(np.abs(x[level]) > limit_of(others[level], quantile)).any(-1) for level in (2, 3)]
+        once, twice = (lab.references[arm].touched(Edit('stream', stream, levels, 'clip', quantile=quantile), N) for levels in ((2,), (2, 3)))
+        assert (once == over[0]).all() and (twice == over[0] | over[1]).all() and over[0].any()
+        change = seen_in(lab, arm, Edit('stream', stream, (2,), 'clip', quantile=quantile))
+        assert ((change != 0).any(-1) == over[0]).all()
+
+
+def candidates(lab, magnitude, standouts):
+    """What `auto` takes of a stream whose mean magnitude and standout after every sublayer are these."""
+    reference = object.__new__(Reference)
+    reference.S, reference.magnitude = len(magnitude), {'C': torch.tensor([0, *magnitude])[:, None, None].expand(-1, 2, 2)}
+    reference.standout = lambda stream, level: standouts[level - 1]
+    return reference.peak('C')
+
+
+def test_auto_takes_the_sublayer_where_the_outlier_stands_out_of_those_that_an_attention_follows(lab):
+    assert candidates(lab, [1.0] * 6, [1, 2, 5, 4, 9, 9]) == 2
+    assert candidates(lab, [1.0] * 6, [1, 2, 3, 4, 9, 9]) == 3
+    assert candidates(lab, [1.0, 1.0], [1, 2]) == 0
+
+
+def test_auto_takes_no_sublayer_after_which_the_stream_is_a_quarter_of_its_largest_or_less(lab):
+    assert candidates(lab, [0.1, 0.9, 1.1, 4.0, 50.0, 50.0], [9, 8, 3, 2, 9, 9]) == 2
 
 
 def seen_in(lab, arm, edit):
@@ -267,25 +320,26 @@ def seen_in(lab, arm, edit):
 
 
 @every_stream
-@pytest.mark.parametrize('entries', [ENTRIES, dict(dims=(5, 7))], ids=['entries', 'dimensions'])
+@pytest.mark.parametrize('entries', [ENTRIES, dict(dims=(5, 7)), dict(own=2)], ids=['entries', 'dimensions', 'own'])
 def test_random_entries_are_as_many_others_and_not_the_same_in_every_sequence(lab, arm, stream, entries):
     edit = Edit('stream', stream, (2,), 'zero', **entries)
     change = seen_in(lab, arm, replace(edit, control='random'))
     per_sequence = (change != 0).sum((1, 2))
-    assert (per_sequence == (len(edit.dims) if edit.positions else T * len(edit.dims))).all()
-    assert not change[..., list(set(edit.dims))].any()
+    assert (per_sequence == (K if edit.own or edit.positions else T * len(edit.dims))).all()
+    for n in range(N):
+        assert not change[n][:, lab.references[arm].entries(edit, n)[1]].any()
     assert len({tuple(np.flatnonzero(x)) for x in change}) > N // 2
 
 
 @every_stream
-@pytest.mark.parametrize('entries', [ENTRIES, dict(dims=(5, 7)), dict(quantile=0.9)], ids=['entries', 'dimensions', 'clip'])
+@pytest.mark.parametrize('entries', [ENTRIES, dict(dims=(5, 7)), dict(own=2), dict(quantile=0.9)], ids=['entries', 'dimensions', 'own', 'clip'])
 def test_a_moved_change_is_as_large_in_every_token_but_in_other_dimensions(lab, arm, stream, entries):
     edit = Edit('stream', stream, (2,), 'clip' if 'quantile' in entries else 'zero', **entries)
     change, moved = seen_in(lab, arm, edit), seen_in(lab, arm, replace(edit, control='moved'))
     np.testing.assert_allclose(np.sort(moved, -1), np.sort(change, -1), atol=1e-5)
     assert np.abs(change).sum() > 1 and (moved[change != 0] == change[change != 0]).mean() < 0.1
-    if edit.dims:
-        assert not moved[..., list(set(edit.dims))].any()
+    for n in range(N):
+        assert not moved[n][:, list(lab.references[arm].entries(edit, n)[1])].any()
 
 
 @pytest.mark.parametrize('entries', [dict(dims=(5, 7)), dict(quantile=0.9)], ids=['dimensions', 'clip'])
@@ -295,7 +349,7 @@ def test_moved_again_downstream_a_change_does_not_add_up(lab, entries):
     for sublayer in model.sublayers:  # nothing is written: the stream is the same at every level
         for parameter in sublayer.function.proj.parameters():
             parameter.zero_()
-    reference = Reference(model, lab.tokens, lab.starts, 4, 0)
+    reference = Reference(model, lab.tokens, lab.starts, lab.starts, K, 4, 0)
     once, downstream = (Edit('stream', 'h', levels, 'clip' if 'quantile' in entries else 'zero', control='moved', **entries) for levels in ((1,), (1, 2, 3, 4)))
     with edited(model, once, reference, range(N)):
         expected = states(model, lab.idx)[0][S]['h']
@@ -312,21 +366,43 @@ def test_the_other_controls_are_median_dimensions_at_the_start_and_the_same_dime
     start = np.abs(by_hand(lab.models['ledger'], lab.others)[1]['C'][2]).mean(0)[0]
     ranks = np.argsort(np.argsort(start))[list(group['median'].dims)]
     assert group['median'].positions == (0, 0, 0) and set(ranks) == {8, 9, 10}
-    assert (group['other'].positions, group['other'].dims) == ((8, 11, 11), ENTRIES['dims'])
+    assert reference.entries(group['other'], 0) == ([8, 11, 11], ENTRIES['dims'])
     assert all(replace(edit, positions=(), dims=(), control='') == replace(group['edit'], positions=(), dims=()) for edit in group.values())
+
+
+def test_the_controls_of_a_sequences_own_entries_are_made_from_them(lab):
+    reference = lab.references['ledger']
+    group = with_controls(Edit('stream', 'C', (2, 3), 'zero', own=2), reference, 2)
+    assert set(group) == {'edit', *CONTROLS}
+    assert group['median'] == with_controls(Edit('stream', 'C', (2, 3), 'zero', **ENTRIES), reference, 2)['median']
+    for n in range(N):
+        positions, dims = reference.entries(group['edit'], n)
+        assert reference.entries(group['moved'], n) == (positions, dims)
+        assert reference.entries(group['other'], n) == ([(t + 8) % T for t in positions], dims)
 
 
 @every_stream
 def test_every_planned_result_has_its_controls(lab, arm, stream):
-    results = plan(lab.references[arm], stream, 1, ('zero', 'mean', 'clip'), 3, stream != 'D', arm != 'ledger')
+    results = plan(lab.references[arm], stream, 1, ('zero', 'mean', 'clip'), stream != 'D', arm != 'ledger')
     for result in results:
-        assert set(result['group']) == {'edit', 'moved'} | (set() if result['what'] == 'all' else {'random', 'median'}) | ({'other'} if result['what'] in ('top', 'start') else set())
+        assert set(result['group']) == {'edit', 'moved'} | (set() if result['what'] == 'all' else {'random', 'median'}) | ({'other'} if result['what'] in ('top', 'start', 'last start') else set())
     made = {(r['where'], r['what'], r['how'], r['reach']) for r in results}
     assert len(made) == len(results)
     assert {('stream', what, how, reach) for what in ('top', 'start', 'dims') for how in ('zero', 'mean') for reach in ('once', 'downstream')} <= made
     assert {('stream', 'all', f'clip {q}', reach) for q in (0.9999, 0.999, 0.99, 0.9) for reach in ('once', 'downstream')} <= made
     assert ({'reads', 'decoder'} <= {where for where, *_ in made}) == (stream != 'D')
     assert (('reads', 'all', 'zero', 'every') in made) == (stream == 'C')
+
+
+def test_the_decoder_loses_what_the_reads_lose_and_what_is_largest_at_its_own_place(lab):
+    reference = lab.references['ledger']
+    for s in (1, S - 1):
+        dims = {(r['where'], r['what']): r['group']['edit'].dims for r in plan(reference, 'C', s, ('zero',), True, False)}
+        last = reference.pick('C', S)
+        for what in ('start', 'dims'):
+            assert dims['decoder', what] == dims['reads', what] == reference.pick('C', s + 1)[what][1]
+            assert dims.get(('decoder', f'last {what}')) == (None if set(last[what][1]) == set(dims['decoder', what]) else last[what][1])
+        assert any(what.startswith('last') for _, what in dims) == (s == 1)
 
 
 # ---- what is reported
@@ -336,7 +412,8 @@ def test_losses_at_edited_and_at_later_positions_are_apart_with_intervals_over_s
     before, after = rng.random((N, T)), rng.random((N, T)) * 2
     positions, weights = [(2 + n, 4 + n) for n in range(N)], bootstrap_weights(0, range(N), 50)
     classes = rng.integers(0, 2, (N, T))
-    got = outcome(before, after, positions, weights, {'class': (classes, ('keyword', 'name'))})
+    at = np.array([np.isin(np.arange(T), of) for of in positions])
+    got = outcome(before, after, at, weights, {'class': (classes, ('keyword', 'name'))})
     change, t = after - before, np.arange(T)
     masks = {'edited': np.array([(t == 2 + n) | (t == 4 + n) for n in range(N)]), 'later': np.array([(t > 2 + n) & (t != 4 + n) for n in range(N)]),
              'keyword': classes == 0, 'name': classes == 1, 'all': np.ones((N, T), bool)}
@@ -347,7 +424,28 @@ def test_losses_at_edited_and_at_later_positions_are_apart_with_intervals_over_s
         value = list(got['ratio'].values()) if name == 'all' else list(got[name].values()) if name in got else got['by']['class'][name]
         np.testing.assert_allclose(value, expected, rtol=1e-5)
     assert got['loss'] == pytest.approx(after.mean()) and got['perplexity'] == pytest.approx(math.exp(after.mean()))
-    assert outcome(before, after, [None] * N, weights, {})['later'] is None
+    assert outcome(before, after, np.ones((N, T), bool), weights, {})['later'] is None
+
+
+def test_there_is_no_interval_over_fewer_than_five_sequences():
+    rng = np.random.default_rng(0)
+    before, after = rng.random((2, N, T))
+    for carrying in (4, 5):
+        classes = np.zeros((N, T), int)
+        classes[:carrying, 3] = 1
+        value, *interval = outcome(before, after, classes == 1, bootstrap_weights(0, range(N), 50), {'class': (classes, ('name', 'keyword'))})['by']['class']['keyword']
+        assert value == pytest.approx((after - before)[:carrying, 3].mean(), rel=1e-5)
+        assert (interval == [None, None]) == (carrying == 4)
+
+
+def test_what_every_sequence_gets_alike_is_a_constant_and_what_has_no_mean_is_none():
+    rng, n = np.random.default_rng(0), 16
+    x = {'constant': np.broadcast_to(rng.normal(size=(4, 300)), (n, 4, 300)), 'independent': rng.normal(size=(n, 4, 300))}
+    x['half'] = x['constant'] + x['independent']
+    got = {name: constancy(np.square(v.mean(0)).sum(-1), np.square(v).sum(-1).mean(0), n) for name, v in x.items()}
+    assert got['constant'] == pytest.approx(1) and got['constant'] <= 1
+    assert 0 <= got['independent'] < 0.02  # the norm of a mean over the mean of norms would be 1/4
+    assert got['half'] == pytest.approx(0.5, abs=0.05)
 
 
 def test_predictions_are_labelled_by_class_position_and_distance_from_the_last_line(lab):
@@ -383,7 +481,7 @@ def test_the_sinks_and_what_a_position_adds_to_later_outputs_are_those_of_the_fo
     for t in (0, 3):
         for head in range(2):
             added = p[:, head, t:, t].mean(1)[:, None] * (v[:, head, t] @ W[:, head * D // 2:(head + 1) * D // 2].T)
-            np.testing.assert_allclose(constants[t][:, 1, head], [np.linalg.norm(added.mean(0)), np.linalg.norm(added, axis=1).mean()], rtol=1e-4)
+            np.testing.assert_allclose(constants[t][:, 1, head], [np.square(added.mean(0)).sum(), np.square(added).sum(1).mean()], rtol=1e-4)
 
 
 def test_continuations_differ_only_by_the_edit(lab):
@@ -426,7 +524,7 @@ def test_removing_a_planted_outlier_hurts_if_the_model_lives_on_it_and_not_other
     args = intervene.parse_arguments(['--ckpt', str(path), '--how=zero', '--top=1', '--sequences=8', '--device=cpu'])
     tokens = Tokens(tmp_path / 'data', 'val', T, 257)
     report, _ = intervene.intervene(load_checkpoint(path), path, tokens, json.loads((tmp_path / 'data/meta.json').read_text()), args)
-    for result in report['results'] + report['sweep'][:2]:
+    for result in report['results'] + [result for result in report['sweep'] if result['sublayer'] < 2]:
         if result['where'] == 'stream' and result['what'] in ('top', 'start'):
             assert result['entries'] == [[0, 3]]
             later = result['edit']['later']
@@ -466,13 +564,14 @@ def test_the_command_writes_a_report_and_two_figures_and_prints_at_most_110_colu
 
 
 def test_entries_are_not_chosen_on_the_windows_that_are_evaluated(ran):
-    assert len(ran.used['Reference']) == len(ran.used['evaluate']) == 6 and not ran.used['Reference'] & ran.used['evaluate']
+    assert len(ran.used['evaluate']) == 6 and len(ran.used['Reference']) == ran.report['data']['calibration'] >= 100 and not ran.used['Reference'] & ran.used['evaluate']
 
 
 def test_every_result_stands_beside_its_controls(ran):
     results = ran.report['results'] + ran.report['sweep']
     assert all('moved' in result['controls'] for result in results)
-    assert {(r['stream'], r['sublayer']) for r in ran.report['sweep']} == {(stream, s) for stream in 'DC' for s in range(S)}
+    assert {(r['stream'], r['what'], r['sublayer']) for r in ran.report['sweep']} == \
+        {(stream, what, s) for stream in 'DC' for what in ('top', 'start', 'dims') for s in range(S) if (stream, s) != ('D', S - 1)}
     assert {(r['where'], r['reach']) for r in ran.report['results'] if r['stream'] == 'C'} == {('stream', 'once'), ('stream', 'downstream'), ('reads', 'every'), ('decoder', '')}
     ratios = [line for line in ran.printed.splitlines() if re.search(r'\[\S+, \S+\]', line)]
     assert len(ratios) == len(results) and all(line.partition('|')[2].strip() for line in ratios)
@@ -481,7 +580,7 @@ def test_every_result_stands_beside_its_controls(ran):
 def test_the_breakdowns_add_up_to_the_whole(ran):
     whole = ran.report['loss']['value']
     for name, rows in ran.report['before'].items():
-        assert sum(row['share'] for row in rows.values()) == pytest.approx(1, abs=1e-6)
+        assert sum(row['share'] for row in rows.values()) == pytest.approx(1, abs=1e-6) and all(1 <= row['sequences'] <= 6 for row in rows.values())
         assert sum(row['share'] * row['loss'] for row in rows.values()) == pytest.approx(whole, rel=1e-5)
         for result in ran.report['results']:
             for of in (result['edit'], *result['controls'].values()):
@@ -504,9 +603,39 @@ def test_two_runs_of_the_command_say_the_same(ran, tmp_path):
     assert ('reads', 'all') in {(r['where'], r['what']) for r in results}, 'the read coupling is there when C is looked at alone'
 
 
+def test_a_small_set_leaves_fewer_windows_to_choose_on_but_eight_at_least(ran, tmp_path):
+    with pytest.raises(SystemExit) as refused:
+        command('--ckpt', ran.out, '--sequences=1000')
+    flags = ('--ckpt', ran.out, '--stream=D', '--sublayer=1', '--how=zero', '--top=1', f'--out={tmp_path}')
+    most = int(re.search(r'ask for at most (\d+)$', str(refused.value))[1])
+    command(*flags, f'--sequences={most}')
+    assert json.loads((tmp_path / 'run/intervene.json').read_text())['data']['calibration'] == 8
+    with pytest.raises(SystemExit, match='ask for at most'):
+        command(*flags, f'--sequences={most + 1}')
+
+
+def test_a_set_that_is_too_small_for_any_number_of_sequences_is_to_be_replaced(ran, tmp_path):
+    write_dataset(tmp_path / 'data', [97] * T * 9)
+    with pytest.raises(SystemExit, match='holds 8 windows: name a larger set with --data'):
+        command('--ckpt', ran.out, f"--data={tmp_path / 'data'}", '--sequences=2')
+
+
+@pytest.mark.parametrize('low, high', [(0.9, 1.004), (0.999999, 1.000002), (0.5, 40), (1, 1e9), (0.98, 200)])
+def test_a_ratio_of_one_can_be_read_off_every_axis(low, high):
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+    drawing, axis = pyplot.subplots()
+    axis.set(xscale='log', xlim=(low, high))
+    intervene.ratio_ticks(axis.xaxis)
+    labels = [label.get_text() for label in axis.get_xticklabels()]
+    assert labels.count('1') == 1 and 2 <= len(set(labels)) == len(labels) <= 12
+    pyplot.close(drawing)
+
+
 @pytest.mark.parametrize('flags, sentence', [
     (['--stream=h'], "--stream=h, but .* has D and C"), (['--sublayer=4'], 'sublayers 0 to 3'), (['--sublayer=last'], 'expected auto, all or a number'),
-    (['--top=6'], 'ask for fewer'), (['--top=0'], 'at least 1'), (['--sequences=1'], 'at least 1 and 2'), (['--sequences=100000'], 'ask for fewer'),
+    (['--top=6'], 'ask for fewer'), (['--top=0'], 'at least 1'), (['--sequences=1'], 'at least 1 and 2'), (['--sequences=100000'], r'ask for at most \d+$'), (['--stream=D', '--sublayer=3'], 'nothing reads that'),
     (['--seed=-1'], 'whole number'), (['--data=nowhere'], 'cannot read'), (['--out=/dev/null/out'], 'cannot write')])
 def test_what_cannot_be_done_is_refused_in_one_sentence(ran, flags, sentence):
     with pytest.raises(SystemExit) as refused:

@@ -321,6 +321,18 @@ def test_one_stream_and_one_sublayer_can_be_asked_for_and_a_second_run_says_the_
     assert first == second and [place['sublayer'] for place in places.pop('C')] == [1] and not places
 
 
+def test_other_data_than_those_of_the_training_are_probed_if_forced(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(probe, 'STEPS', 1)
+    path = tmp_path / 'other/ckpt.pt'
+    write_checkpoint(path, run[0] / 'data')
+    torch.save({**load_checkpoint(path), 'data_sha256': {'val.bin': '0'}}, path)
+    flags = ('--ckpt', path, '--sequences=20', '--seeds=1', '--tokens=64', '--top=2')
+    with pytest.raises(SystemExit, match='or add --force$'):
+        command(*flags)
+    command(*flags, '--force')
+    assert report_in(path.parent)['streams']
+
+
 @pytest.mark.parametrize('flags, sentence', [
     (['--stream=h'], '--stream=h, but .*ckpt.pt has D, C'), (['--sublayer=4'], '--sublayer=4, but the sublayers of .* are 0 to 3'),
     (['--sublayer=-1'], '--sublayer=-1, but'), (['--sublayer=last'], '--sublayer=last, but'), (['--top=7'], '--top=7, but .* has 20 dimensions: ask for at most 6'),

@@ -376,7 +376,9 @@ case "$*" in
   measure*_0.pt*) touch "$out"/{measure_0.json,profile_0.png} ;;
   measure*) touch "$out"/{measure.json,profile.png,landscape.png,series.png} ;;
   *controls.py*) touch "$out"/controls{,_0}.json ;;
-  intervene.py*) touch "$out"/intervene{.json,.png} ;;
+  intervene.py*) touch "$out"/intervene.json
+                 [ -z "${UNDRAWN:-}" ] || exit 1
+                 touch "$out"/intervene.png ;;
 esac
 '''
 PACKED = {'log.jsonl', 'measure.json', 'measure_0.json', 'controls.json', 'controls_0.json', 'profile.png', 'profile_0.png', 'landscape.png', 'series.png', 'recipe.json'}
@@ -440,8 +442,22 @@ def test_a_folder_that_another_command_began_is_not_gone_on_with(queue, tmp_path
 def test_one_seeds_baseline_and_ledger_are_looked_at_closer_where_there_are_tools(queue, tmp_path):
     (tmp_path / 'intervene.py').touch()
     assert queue(ARMS='baseline qknorm', SEEDS='1 2', CLOSER='1').wait(30) == 0
-    assert calls(tmp_path, 'intervene') == ['intervene.py --ckpt out/baseline_160m_1']
+    assert calls(tmp_path, 'intervene') == ['intervene.py --ckpt out/baseline_160m_1 --sequences=64']
     assert {'intervene.json', 'intervene.png'} < {path.name for path in (tmp_path / 'out/packed/baseline_160m_1').iterdir()}
+
+
+def test_probes_take_their_own_number_of_sequences(queue, tmp_path):
+    (tmp_path / 'probe.py').touch()
+    assert queue(ARMS='baseline', SEEDS='1', CLOSER='1').wait(30) == 0
+    assert calls(tmp_path, 'probe') == ['probe.py --ckpt out/baseline_160m_1']
+
+
+def test_what_a_closer_look_has_written_is_packed_although_its_figure_could_not_be_drawn(queue, tmp_path):
+    (tmp_path / 'intervene.py').touch()
+    run = queue(ARMS='baseline', SEEDS='1', CLOSER='1', UNDRAWN='1', TGZ='all.tgz')
+    assert 'exit 1 of ./stub intervene.py' in run.communicate(timeout=30)[0]
+    assert {path.name for path in (tmp_path / 'out/packed/baseline_160m_1').iterdir()} == PACKED | {'intervene.json'}
+    assert './baseline_160m_1/intervene.json' in tarfile.open(tmp_path / 'all.tgz').getnames()
 
 
 @pytest.mark.parametrize('how', ('SIGTERM', 'LIMIT'))

@@ -113,14 +113,15 @@ train_and_measure() {  # arm, seed
     logged "$run" "$PYTHON" $HERE/controls.py --ckpt "$RUNS/$run/"{ckpt,ckpt_0}.pt && pack "$run"
 }
 
-look_closer() {  # arm, seed: the analyses that one seed is enough for
-  local run=$1_${SCALE}_$2 tool
-  for tool in intervene probe; do
+look_closer() {  # arm, seed: the analyses that one seed is enough for; what one has written is kept although it failed in the end
+  local run=$1_${SCALE}_$2 asked tool flags
+  for asked in "intervene --sequences=64" probe; do
+    read -r tool flags <<< "$asked"
     [ -e "$tool.py" ] && [ -e "$PACK/$run/recipe.json" ] && [ ! -e "$PACK/$run/$tool.json" ] && [ -e "$RUNS/$run/ckpt.pt" ] || continue
-    logged "$run" "$PYTHON" "$tool.py" --ckpt "$RUNS/$run" && add "$run" "$RUNS/$run/$tool"*.{png,json}
+    logged "$run" "$PYTHON" "$tool.py" --ckpt "$RUNS/$run" $flags; add "$run" "$RUNS/$run/$tool"*.{png,json}
   done
   [ "$(tr -cd , <<< "$SNAPSHOTS" | wc -c)" -lt 4 ] || [ -e "$PACK/$run/onset.json" ] ||
-    { logged "$run" "$PYTHON" results/emergence/onset.py --ckpt "$RUNS/$run" && add "$run" "$RUNS/$run/onset".{png,json}; }
+    { logged "$run" "$PYTHON" results/emergence/onset.py --ckpt "$RUNS/$run"; add "$run" "$RUNS/$run/onset".{png,json}; }
 }
 
 work() {  # a GPU or "": takes what nobody has taken
