@@ -9,7 +9,6 @@ Settings are the fields of Config below; a config file assigns some of them, --k
 A run writes out/<name of the config file>/: log.jsonl, ckpt.pt, ckpt_prev.pt, ckpt_best.pt.
 """
 import ast
-import copy
 import difflib
 import fcntl
 import inspect
@@ -28,7 +27,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
@@ -79,7 +77,7 @@ class Config:
     # the machine
     device: str = 'auto'           # cuda if there is one, else cpu
     dtype: str = 'auto'            # of autocast: bfloat16 on cuda, float32 (none) on cpu
-    compile: bool = True           # torch.compile; half a minute well spent, except for the smallest runs
+    compile: bool = True           # torch.compile; a minute well spent, except for the smallest runs
     kernels: bool = True           # kernels.py for the training step where it applies: the ledger in bfloat16 on a GPU
 
     def __post_init__(self):
@@ -227,18 +225,6 @@ def learning_rate(it, config):
     return low + (config.lr - low) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def compiled(model):
-    """Returns a GPT with the parameters of `model` that is compiled in parts: an attention and an MLP sublayer, once for all of their kind, and what follows
-    the last. In one piece its 2 · n_layer sublayers would take several times as long to compile, for a hundredth of the speed."""
-    twin = copy.copy(model)
-    twin._modules = {**model._modules, 'sublayers': nn.ModuleList(copy.copy(sublayer) for sublayer in model.sublayers)}
-    torch._dynamo.config.optimize_ddp = False  # each part is a graph of its own, so that gradients leave while others are computed: none is to be split
-    for sublayer in twin.sublayers:
-        sublayer.compile(fullgraph=True, dynamic=False)
-    twin.objective = torch.compile(twin.objective, fullgraph=True, dynamic=False)
-    return twin
-
-
 @contextmanager
 def writing(path, needs=''):
     """Turns what a full disk or a folder that cannot be written raises into a sentence."""
@@ -263,7 +249,9 @@ class Run:
         torch.manual_seed(config.seed)
         self.model = GPT(config.model_config(meta['vocab_size'])).to(self.world.device)
         self.optimizer = make_optimizer(self.model, config)
-        self.step_model = compiled(self.model_for_steps()) if config.compile else self.model_for_steps()
+        self.step_model = self.model_for_steps()
+        if config.compile:
+            self.step_model = torch.compile(self.step_model, fullgraph=True, dynamic=False)
         self.wrapped = DistributedDataParallel(self.step_model, gradient_as_bucket_view=True) if self.world.size > 1 else self.step_model
         self.constants = {'model_args': asdict(self.model.config), 'config': asdict(config), 'data_sha256': meta.get('sha256')}
         self.iter_num, self.val_loss, self.best_val_loss = 0, math.inf, math.inf

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 
 from conftest import ROOT
 from model import MLP, GPT, GPTConfig, Ledger, linear
-from train import compiled
 
 pytest.importorskip('triton', reason='kernels.py needs Triton')
 
@@ -135,7 +134,7 @@ def test_on_a_gpu_the_error_against_float64_is_at_most_1_5_times_that_of_plain_b
     outputs, gradients = loss_and_gradients(exact, exact, idx, targets)
     fast = kernels.as_fast(model)
     with torch.autocast('cuda', torch.bfloat16):
-        (plain, plain_gradients), (found, found_gradients) = (loss_and_gradients(compiled(m) if model.config.n_embd == 768 else m, model, idx, targets) for m in (model, fast))
+        (plain, plain_gradients), (found, found_gradients) = (loss_and_gradients(torch.compile(m, fullgraph=True, dynamic=False) if model.config.n_embd == 768 else m, model, idx, targets) for m in (model, fast))
         plain_gates, found_gates = commit_gates(model, idx), commit_gates(fast, idx)
     for found, slow, right in ((found[0], plain[0], outputs[0]), (found_gates, plain_gates, commit_gates(exact, idx))):
         assert error(found, right) < 1.5 * error(slow, right) + 1e-5
