@@ -187,7 +187,7 @@ def machine():
     cpuinfo = Path('/proc/cpuinfo')
     cpu = re.search(r'model name\s*: (.*)', cpuinfo.read_text() if cpuinfo.exists() else '')
     commit = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    return {'date': str(date.today()), 'commit': commit or os.environ.get('COMMIT', ''), 'cpu': cpu[1] if cpu else platform.processor(), 'cores': os.cpu_count(),
+    return {'date': str(date.today()), 'commit': os.environ.get('COMMIT') or commit, 'cpu': cpu[1] if cpu else platform.processor(), 'cores': os.cpu_count(),
             'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             'python': platform.python_version(), 'numpy': np.__version__, 'torch': torch.__version__}
 

@@ -13,7 +13,8 @@ Its arithmetic is small; what costs is memory traffic: e, w, k and most gradient
 - a comes out of the product in which the sublayer reads u, the write map is folded into the one with which it writes
   (y + U_g V_g y = (W + U_g V_g W) x + (b + U_g V_g b)), and c multiplies V_P D, which has r numbers a token, not U_P V_P D.
 
-Shapes: N = B·T tokens, d = n_embd, r = gate_rank; R is r and WIDTH is d rounded up to a power of two.
+Shapes: N = B·T tokens, d = n_embd; WIDTH is d rounded up to a power of two. r is gate_rank, filled up with zeros to 64 or 128: the kernels then
+mask no ranks, and every product is of a size that tensor cores take whole.
 D, C, y, u, g: (N, d); a: (N, 3r), rows may lie apart; U: (3, d, r), in the order e, w, k; be, bw: (d,); f, h, last = 2 f h: (N,);
 projected = U_kᵀD, Ga = G a_k: (N, r). A name that begins with g is a gradient.
 """
@@ -47,63 +48,61 @@ def sigmoid(x):
 
 
 @triton.jit
-def load_U(U, gate: tl.constexpr, col, d, r: tl.constexpr, R: tl.constexpr):
-    """Returns (R, COLUMNS)."""
-    rank = tl.arange(0, R)
-    return tl.load(U + gate * d * r + col[None, :] * r + rank[:, None], (col < d)[None, :] & (rank < r)[:, None], 0.0)
+def load_U(U, gate: tl.constexpr, col, d, r: tl.constexpr):
+    """Returns (r, COLUMNS)."""
+    return tl.load(U + gate * d * r + col[None, :] * r + tl.arange(0, r)[:, None], (col < d)[None, :], 0.0)
 
 
 @triton.jit
-def load_a(a, gate: tl.constexpr, row, left, apart, r: tl.constexpr, R: tl.constexpr):
-    """Returns (ROWS, R)."""
-    rank = tl.arange(0, R)
-    return tl.load(a + row[:, None] * apart + gate * r + rank[None, :], (row < left)[:, None] & (rank < r)[None, :], 0.0)
+def load_a(a, gate: tl.constexpr, row, left, apart, r: tl.constexpr):
+    """Returns (ROWS, r)."""
+    return tl.load(a + row[:, None] * apart + gate * r + tl.arange(0, r)[None, :], (row < left)[:, None], 0.0)
 
 
 @triton.jit
-def deliberate_kernel(D, y, a, f, U, be, bw, D2, N, apart, d, r: tl.constexpr, R: tl.constexpr,
+def deliberate_kernel(D, y, a, f, U, be, bw, D2, N, apart, d, r: tl.constexpr,
                       ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr):
     """D2 = D − e ⊙ v · f + w ⊙ y."""
     col, row = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, ROWS)
-    Ue, Uw, Uk = load_U(U, 0, col, d, r, R), load_U(U, 1, col, d, r, R), load_U(U, 2, col, d, r, R)
+    Ue, Uw, Uk = load_U(U, 0, col, d, r), load_U(U, 1, col, d, r), load_U(U, 2, col, d, r)
     b_e, b_w = tl.load(be + col, col < d, 0.0)[None, :], tl.load(bw + col, col < d, 0.0)[None, :]
     at = row[:, None] * d + col[None, :]
     for i in tl.range(LOOP, num_stages=STAGES):
         first = (tl.program_id(1) * LOOP + i).to(tl.int64) * ROWS
         left = N - first
         there, a_row = (row < left)[:, None] & (col < d)[None, :], a + first * apart
-        x = sigmoid(tl.dot(load_a(a_row, 0, row, left, apart, r, R), Ue) + b_e) * tl.load(f + first + row, row < left, 0.0)[:, None]
-        x = tl.load(D + first * d + at, there, 0.0).to(tl.float32) - x * tl.dot(load_a(a_row, 2, row, left, apart, r, R), Uk)
-        w = sigmoid(tl.dot(load_a(a_row, 1, row, left, apart, r, R), Uw) + b_w)
+        x = sigmoid(tl.dot(load_a(a_row, 0, row, left, apart, r), Ue) + b_e) * tl.load(f + first + row, row < left, 0.0)[:, None]
+        x = tl.load(D + first * d + at, there, 0.0).to(tl.float32) - x * tl.dot(load_a(a_row, 2, row, left, apart, r), Uk)
+        w = sigmoid(tl.dot(load_a(a_row, 1, row, left, apart, r), Uw) + b_w)
         tl.store(D2 + first * d + at, x + w * tl.load(y + first * d + at, there, 0.0).to(tl.float32), there)
 
 
 @triton.jit
-def gradient_a_kernel(g, y, a, f, U, be, bw, projected, Ga, length, ga, h, last, N, apart, d: tl.constexpr, r: tl.constexpr, R: tl.constexpr,
+def gradient_a_kernel(g, y, a, f, U, be, bw, projected, Ga, length, ga, h, last, N, apart, d: tl.constexpr, r: tl.constexpr,
                       ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr):
     """The gradient of a, h and 2 f h: whole rows."""
     first = tl.program_id(0).to(tl.int64) * ROWS
-    row, rank, left = tl.arange(0, ROWS), tl.arange(0, R), N - first
+    row, rank, left = tl.arange(0, ROWS), tl.arange(0, r), N - first
     a += first * apart
-    ae, aw, ak = load_a(a, 0, row, left, apart, r, R), load_a(a, 1, row, left, apart, r, R), load_a(a, 2, row, left, apart, r, R)
+    ae, aw, ak = load_a(a, 0, row, left, apart, r), load_a(a, 1, row, left, apart, r), load_a(a, 2, row, left, apart, r)
     f_row = tl.load(f + first + row, row < left, 0.0)
-    ge, gw, gk = tl.zeros((ROWS, R), tl.float32), tl.zeros((ROWS, R), tl.float32), tl.zeros((ROWS, R), tl.float32)
+    ge, gw, gk = tl.zeros((ROWS, r), tl.float32), tl.zeros((ROWS, r), tl.float32), tl.zeros((ROWS, r), tl.float32)
     for j in tl.range(0, d, COLUMNS, num_stages=STAGES):
         col = j + tl.arange(0, COLUMNS)
         at, there = row[:, None] * d + col[None, :], (row < left)[:, None] & (col < d)[None, :]
         x = tl.load(g + first * d + at, there, 0.0).to(tl.float32)
-        u = load_U(U, 1, col, d, r, R)
+        u = load_U(U, 1, col, d, r)
         w = sigmoid(tl.dot(aw, u) + tl.load(bw + col, col < d, 0.0)[None, :])
         w = x * tl.load(y + first * d + at, there, 0.0).to(tl.float32) * w * (1 - w)
         gw += tl.dot(w.to(u.dtype), tl.trans(u))
-        u = load_U(U, 0, col, d, r, R)
+        u = load_U(U, 0, col, d, r)
         e = sigmoid(tl.dot(ae, u) + tl.load(be + col, col < d, 0.0)[None, :])
         x = -x * e
-        uk = load_U(U, 2, col, d, r, R)
+        uk = load_U(U, 2, col, d, r)
         gk += tl.dot(x.to(u.dtype), tl.trans(uk))
         x *= tl.dot(ak, uk) * f_row[:, None] * (1 - e)
         ge += tl.dot(x.to(u.dtype), tl.trans(u))
-    there, norm = (row < left)[:, None] & (rank < r)[None, :], tl.load(length + first + row, row < left, 1.0)
+    there, norm = (row < left)[:, None], tl.load(length + first + row, row < left, 1.0)
     h_row = tl.sum(ak.to(tl.float32) * gk, 1) / (norm * norm)
     last_row = tl.where(norm > 1e-12, 2 * f_row * h_row, 0.0)
     at = first * r + row[:, None] * r + rank[None, :]
@@ -118,21 +117,21 @@ def gradient_a_kernel(g, y, a, f, U, be, bw, projected, Ga, length, ga, h, last,
 
 
 @triton.jit
-def gradient_U_kernel(g, y, D, a, f, h, last, U, be, bw, gy, gD, gU, gb, N, apart, d, r: tl.constexpr, R: tl.constexpr,
+def gradient_U_kernel(g, y, D, a, f, h, last, U, be, bw, gy, gD, gU, gb, N, apart, d, r: tl.constexpr,
                       ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr):
     """The gradients of y and D, and this program's share of those of U and of the biases: its rows."""
-    col, row, rank = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, ROWS), tl.arange(0, R)
-    Ue, Uw, Uk = load_U(U, 0, col, d, r, R), load_U(U, 1, col, d, r, R), load_U(U, 2, col, d, r, R)
+    col, row, rank = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, ROWS), tl.arange(0, r)
+    Ue, Uw, Uk = load_U(U, 0, col, d, r), load_U(U, 1, col, d, r), load_U(U, 2, col, d, r)
     b_e, b_w = tl.load(be + col, col < d, 0.0)[None, :], tl.load(bw + col, col < d, 0.0)[None, :]
     sum_e, sum_w = tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
-    ge, gw, gk = tl.zeros((R, COLUMNS), tl.float32), tl.zeros((R, COLUMNS), tl.float32), tl.zeros((R, COLUMNS), tl.float32)
+    ge, gw, gk = tl.zeros((r, COLUMNS), tl.float32), tl.zeros((r, COLUMNS), tl.float32), tl.zeros((r, COLUMNS), tl.float32)
     at = row[:, None] * d + col[None, :]
     for i in tl.range(LOOP, num_stages=STAGES):
         first = (tl.program_id(1) * LOOP + i).to(tl.int64) * ROWS
         left = N - first
         there, a_row = (row < left)[:, None] & (col < d)[None, :], a + first * apart
         x = tl.load(g + first * d + at, there, 0.0).to(tl.float32)
-        a_gate = load_a(a_row, 1, row, left, apart, r, R)
+        a_gate = load_a(a_row, 1, row, left, apart, r)
         w = sigmoid(tl.dot(a_gate, Uw) + b_w)
         z = x * w
         tl.store(gy + first * d + at, z, there)
@@ -140,10 +139,10 @@ def gradient_U_kernel(g, y, D, a, f, h, last, U, be, bw, gy, gD, gU, gb, N, apar
         sum_w += z
         gw += tl.dot(tl.trans(a_gate), z.to(a_gate.dtype))
         f_row, h_row, last_row = tl.load(f + first + row, row < left, 0.0), tl.load(h + first + row, row < left, 0.0), tl.load(last + first + row, row < left, 0.0)
-        ak = load_a(a_row, 2, row, left, apart, r, R)
+        ak = load_a(a_row, 2, row, left, apart, r)
         v = tl.dot(ak, Uk)
         tl.store(gD + first * d + at, x + h_row[:, None] * v, there)
-        a_gate = load_a(a_row, 0, row, left, apart, r, R)
+        a_gate = load_a(a_row, 0, row, left, apart, r)
         e = sigmoid(tl.dot(a_gate, Ue) + b_e)
         x = -x * e * f_row[:, None]
         z = x + h_row[:, None] * tl.load(D + first * d + at, there, 0.0).to(tl.float32) - last_row[:, None] * v
@@ -151,7 +150,7 @@ def gradient_U_kernel(g, y, D, a, f, h, last, U, be, bw, gy, gD, gU, gb, N, apar
         x *= v * (1 - e)
         sum_e += x
         ge += tl.dot(tl.trans(a_gate), x.to(a_gate.dtype))
-    at, there = tl.program_id(1) * 3 * d * r + col[None, :] * r + rank[:, None], (col < d)[None, :] & (rank < r)[:, None]
+    at, there = tl.program_id(1) * 3 * d * r + col[None, :] * r + rank[:, None], (col < d)[None, :]
     tl.store(gU + at, ge, there)
     tl.store(gU + at + d * r, gw, there)
     tl.store(gU + at + 2 * d * r, gk, there)
@@ -195,7 +194,7 @@ def groups(tile, N):
 def launch(kernel, tile, tensors, y, a, U):
     (N, d), r = y.shape, U.shape[2]
     grid = (triton.cdiv(d, tile['COLUMNS']), groups(tile, N)) if 'LOOP' in tile else (groups(tile, N),)
-    kernel[grid](*tensors, N, a.stride(0), d, r, max(16, triton.next_power_of_2(r)), **tile)
+    kernel[grid](*tensors, N, a.stride(0), d, r, **tile)
 
 
 # To the compiler each launch is one opaque operation: what it returns, what it does, and what it returns once more for tracing.
@@ -334,13 +333,14 @@ class FastSublayer(Sublayer):
         r, function = self.residual, self.function
         u, s, D, C = Read.apply(streams['D'], streams['C'], r.read_scale, self.norm.weight, r.commit_weight, self.norm.eps)
         gates = r.erase_gate, r.write_gate, r.erase_direction
+        more = (64 if len(gates[0].V.weight) <= 64 else 128) - len(gates[0].V.weight)
         inputs, parts = (function.qkv, 3) if self.kind == 'attn' else (function.fc, 1)
-        W = torch.cat([part.weight.to(HALF) for part in (inputs, *(gate.V for gate in gates))])
+        W = torch.cat([part.to(HALF) for part in (inputs.weight, *(F.pad(gate.V.weight, (0, 0, 0, more)) for gate in gates))])
         n = len(inputs.weight)
         *x, a = F.linear(u, W, None if inputs.bias is None else F.pad(inputs.bias, (0, len(W) - n))).split([n // parts] * parts + [len(W) - n], -1)
         W, b = function.proj.weight, function.proj.bias
         y = F.linear(function.inner(*x), W + r.write_map(W.T).T, None if b is None else b + r.write_map(b))
-        U = torch.stack([gate.U.weight.to(HALF) for gate in gates])
+        U = torch.stack([F.pad(gate.U.weight, (0, more)).to(HALF) for gate in gates])
         D = Deliberate.apply(*(x.flatten(0, 1) for x in (D, y, a)), U, r.erase_gate.U.bias, r.write_gate.U.bias).view(D.shape)
         c = torch.sigmoid(s + r.commit_bias)
         C = Commit.apply(D, C, c, r.commit_map.V(D), r.commit_map.U.weight.to(HALF))

@@ -112,8 +112,8 @@ def test_the_kernels_compile_for_hopper_and_fit_into_its_shared_memory(monkeypat
     monkeypatch.setattr(kernels, 'PTX', kernels.tl.constexpr(True))  # the branch that the interpreter never takes
     types = {name: streams for name in ('D', 'C', 'g', 'gD', 'gC', 'D2', 'gD2', 'gC2')} | dict.fromkeys(('y', 'a', 'U', 'gy', 'gu', 'projected', 'Ga', 'ga'), '*bf16')
     types |= dict.fromkeys(('N', 'apart', 'd'), 'i32') | {'eps': 'fp32'}
-    for kernel, tile, sizes in ((kernels.deliberate_kernel, kernels.DELIBERATE, dict(r=64, R=64)), (kernels.gradient_a_kernel, kernels.GRADIENT_A, dict(d=768, r=64, R=64)),
-                                (kernels.gradient_U_kernel, kernels.GRADIENT_U, dict(r=64, R=64)), (kernels.gradient_read_kernel, kernels.GRADIENT_READ, dict(WIDTH=1024))):
+    for kernel, tile, sizes in ((kernels.deliberate_kernel, kernels.DELIBERATE, dict(r=64)), (kernels.gradient_a_kernel, kernels.GRADIENT_A, dict(d=768, r=64)),
+                                (kernels.gradient_U_kernel, kernels.GRADIENT_U, dict(r=64)), (kernels.gradient_read_kernel, kernels.GRADIENT_READ, dict(WIDTH=1024))):
         fixed = {**tile, **sizes}
         options = {'num_warps': fixed.pop('num_warps', 4)}
         arguments = {name: 'constexpr' if name in fixed else types.get(name, '*fp32') for name in kernel.arg_names}
