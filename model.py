@@ -328,12 +328,13 @@ def load_checkpoint(path):
 def build_model(checkpoint, path, **overrides):
     """Returns the GPT of a checkpoint, in eval mode on the CPU. overrides: keys of GPTConfig to change."""
     try:
-        model = GPT(GPTConfig(**{**checkpoint['model_args'], **overrides}))
-        model.load_state_dict(checkpoint['model'])
-    except (TypeError, AttributeError, RuntimeError) as error:
+        with torch.device('meta'):  # no weights are drawn that the checkpoint replaces
+            model = GPT(GPTConfig(**{**checkpoint['model_args'], **overrides}))
+        model.load_state_dict(dict(checkpoint['model']), assign=True)  # a copy: PyTorch notes `assign` in the dict, and the next to load it would assign too
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = ' '.join(str(error).split())[:120]
         raise DamagedCheckpoint(f'{path} holds another model than this model.py builds: {reason}') from None
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise DamagedCheckpoint(f'{path} has weights that are not finite, first in {name}: use an earlier checkpoint')
-    return model.eval()
+    return model.float().eval()

@@ -57,28 +57,48 @@ def predictions():
     return '\n'.join(lines)
 
 
-def interventions(path, rows):
-    """path: an intervene.json. rows: (where, what, how, reach) of the edits to show. Returns a Markdown table of ratios of perplexities, controls beside them."""
-    names = ('random', 'median', 'other', 'moved')
-    lines = ['| changed | ratio of perplexities | ' + ' | '.join(names) + ' |', '|---|---|' + '---|' * len(names)]
-    results = {tuple(r[key] for key in ('where', 'what', 'how', 'reach')): r for r in json.loads(Path(path).read_text())['results']}
-    for key in rows:
-        q, controls = results[key]['edit']['ratio'], results[key]['controls']
-        lines.append(f"| {' '.join(filter(None, key))} | {q['value']:.4f} [{q['low']:.4f}, {q['high']:.4f}] | "
-                     + ' | '.join(f"{controls[name]['ratio']['value']:.4f}" if name in controls else '–' for name in names) + ' |')
+CHANGES = {'the four largest entries of each sequence, zeroed': ('stream', 'top', 'zero', 'once'), 'the four largest at the start token, zeroed': ('stream', 'start', 'zero', 'once'),
+           'the four largest dimensions everywhere, zeroed': ('stream', 'dims', 'zero', 'once'), 'the same at their means for each position': ('stream', 'dims', 'mean', 'once'),
+           'these dimensions kept from what sublayers read': ('reads', 'dims', 'zero', 'every'), 'these dimensions kept from the head alone': ('decoder', 'dims', 'zero', ''),
+           'all magnitudes limited to their 0.999-quantile': ('stream', 'all', 'clip 0.999', 'once')}
+EDITED = {'160m baseline, h': ('pysource_160m_lr6e-4/baseline_160m_1337', 'h'), 'longer demo, baseline, h': ('demo_long/baseline_demo_1337', 'h'),
+          'longer demo, ledger, D': ('demo_long/ledger_demo_1337', 'D'), 'longer demo, ledger, C': ('demo_long/ledger_demo_1337', 'C')}
+
+
+def interventions():
+    """Ratios of perplexities after to before, with 95% intervals; after the semicolon, of the control `moved`, the very change made in other dimensions of the same tokens."""
+    found = {}
+    for name, (run, stream) in EDITED.items():
+        results = [r for r in json.loads((RESULTS / run / 'intervene.json').read_text())['results'] if r['stream'] == stream]
+        found[f"{name} after {results[0]['sublayer']}"] = {tuple(r[key] for key in ('where', 'what', 'how', 'reach')): r for r in results}
+    lines = ['| changed | ' + ' | '.join(found) + ' |', '|---|' + '---|' * len(found)]
+    for words, key in CHANGES.items():
+        cells = ['–' if key not in of else '{value:.3f} [{low:.3f}, {high:.3f}]'.format(**of[key]['edit']['ratio']) + f"; {of[key]['controls']['moved']['ratio']['value']:.3f}"
+                 for of in found.values()]
+        lines.append(f'| {words} | ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
 
 
-SHOWN = [('stream', 'top', 'zero', 'once'), ('stream', 'start', 'zero', 'once'), ('stream', 'dims', 'zero', 'once'), ('stream', 'dims', 'mean', 'once'),
-         ('reads', 'dims', 'zero', 'every'), ('decoder', 'dims', 'zero', ''), ('stream', 'all', 'clip 0.999', 'once'), ('stream', 'all', 'clip 0.9', 'once')]
+PROBED = ('token class', 'next token class', 'position', 'line start', 'bracket depth', 'inside')
+
+
+def probes():
+    """Balanced accuracy of linear probes in percent, smallest and largest over the seeds, where the fixed-dimension ratio is largest."""
+    lines = ['| stream | told | ' + ' | '.join(PROBED) + ' |', '|---|---|' + '---|' * len(PROBED)]
+    for name, (run, stream) in EDITED.items():
+        place = json.loads((RESULTS / run / 'probe.json').read_text())['streams'][stream][0]
+        for told in ('mean', 'start', 'random', 'all'):
+            cells = ['{value:.0f} [{low:.0f}, {high:.0f}]'.format(**{k: 100 * v for k, v in place['tasks'][task]['linear'][told]['balanced'].items()}) for task in PROBED]
+            lines.append(f"| {name} after {place['sublayer']} | {told} | " + ' | '.join(cells) + ' |')
+        cells = [f"{100 / len(place['tasks'][task]['classes']):.0f}" for task in PROBED]
+    return '\n'.join([*lines, '| | chance | ' + ' | '.join(cells) + ' |'])
 
 
 def tables():
     """Returns {what: Markdown} of every table."""
     folders = sorted({path.parent.parent for path in RESULTS.glob('*/*/measure.json')})
     return {**{folder.name: table(folder) for folder in folders}, 'verdicts, demo_long': verdicts.verdict_table(verdicts.read_runs(RESULTS / 'demo_long')),
-            'fits': fits(), 'predictions': predictions(),
-            'interventions, 160m baseline': interventions(RESULTS / 'pysource_160m_lr6e-4/baseline_160m_1337/intervene.json', SHOWN)}
+            'fits': fits(), 'predictions': predictions(), 'interventions': interventions(), 'probes': probes()}
 
 
 if __name__ == '__main__':
