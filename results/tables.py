@@ -94,6 +94,23 @@ def probes():
     return '\n'.join([*lines, '| | chance | ' + ' | '.join(cells) + ' |'])
 
 
+def sentences():
+    """Returns {what: text} of the numbers that the README says in words."""
+    fitted = {name: json.loads((RESULTS / 'emergence' / name / 'emergence.json').read_text()) for name in ('sweep', '160m')}
+
+    def r2(name, stream):
+        some = [line for line in fitted[name]['summary'] if line['stream'] == stream]
+        return ' and '.join(f"{line['r2']:.3f}" for line in some) if name == '160m' else f"{sum(line['r2'] * line['fitted'] for line in some) / sum(line['fitted'] for line in some):.3f}"
+    predicted = {key: f"{line['r2_architectures_out']:.2f}" for key, line in fitted['sweep']['prediction'].items()}
+    five = sorted((predicted[key] for key in ('A', 'lambda', 'gamma', 't0', 'K')), key=float)
+    place = json.loads((RESULTS / EDITED['160m baseline, h'][0] / 'probe.json').read_text())['streams']['h'][0]['tasks']['position']['linear']
+    return {'fits': 'mean R² of the sweep: ' + ', '.join(f"{stream} {r2('sweep', stream)}" for stream in 'hDC') + '; of the 160M runs: '
+                    + ', '.join(f"{stream} {r2('160m', stream)}" for stream in 'hDC'),
+            'predictions': f"R² {predicted['final']} for the ratio at the end, mostly arm and depth; {predicted['half_step']} for the step of half height; {five[0]} to {five[-1]} for the five parameters",
+            'probes': ', '.join(f"{100 * place[told]['balanced']['value']:.0f}% {words}" for told, words in
+                                (('start', 'from the four largest at the start token'), ('random', 'from four random ones'), ('all', 'from the whole stream')))}
+
+
 def tables():
     """Returns {what: Markdown} of every table."""
     folders = sorted({path.parent.parent for path in RESULTS.glob('*/*/measure.json')})
@@ -102,5 +119,5 @@ def tables():
 
 
 if __name__ == '__main__':
-    for name, text in tables().items():
+    for name, text in {**tables(), **{f'{name}, in words': text for name, text in sentences().items()}}.items():
         print(f'{name}\n\n{text}\n')

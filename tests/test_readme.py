@@ -36,9 +36,14 @@ def test_the_example_of_a_new_residual_operator_trains_as_it_stands(monkeypatch)
     assert losses[-1] < losses[0] - 0.1
 
 
-@pytest.mark.parametrize('folder', sorted({path.parent.parent for path in (ROOT / 'results').glob('*/*/measure.json')}), ids=lambda path: path.name)
-def test_the_readmes_table_is_made_from_the_files_in_results(folder):
-    assert tables.table(folder) in README
+@pytest.mark.parametrize('name', tables.tables())
+def test_every_table_is_made_from_the_files_in_results(name):
+    assert tables.tables()[name] in README + (ROOT / 'results/README.md').read_text()
+
+
+@pytest.mark.parametrize('name', tables.sentences())
+def test_numbers_in_words_are_those_of_the_files_in_results(name):
+    assert tables.sentences()[name] in ' '.join(README.split())
 
 
 def test_every_file_that_the_readme_links_is_there():

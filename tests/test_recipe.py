@@ -446,6 +446,16 @@ def test_one_seeds_baseline_and_ledger_are_looked_at_closer_where_there_are_tool
     assert {'intervene.json', 'intervene.png'} < {path.name for path in (tmp_path / 'out/packed/baseline_160m_1').iterdir()}
 
 
+def test_the_closer_looks_are_shared_by_the_workers_and_each_is_taken_once(queue, tmp_path):
+    (tmp_path / 'results/emergence').mkdir(parents=True)
+    for tool in ('intervene.py', 'probe.py', 'results/emergence/onset.py'):
+        (tmp_path / tool).touch()
+    assert queue(ARMS='ledger baseline', GPUS='0 1', SEEDS='1', CLOSER='1', SNAPSHOTS='0,1,2,3,4').wait(30) == 0
+    looked = [line for tool in ('intervene.py', 'probe.py', 'onset.py') for line in calls(tmp_path, tool)]
+    assert sorted((line.split()[0], line.split()[2]) for line in looked) == sorted(
+        (tool, f'out/{arm}_160m_1') for tool in ('intervene.py', 'probe.py', 'results/emergence/onset.py') for arm in ('baseline', 'ledger'))
+
+
 def test_probes_take_their_own_number_of_sequences(queue, tmp_path):
     (tmp_path / 'probe.py').touch()
     assert queue(ARMS='baseline', SEEDS='1', CLOSER='1').wait(30) == 0

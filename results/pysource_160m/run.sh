@@ -92,7 +92,7 @@ pack() {  # a run appears under its name only when it is whole
 add() {  # adds files to a run that is packed, each when it is whole
   local run=$1 file
   shift
-  for file; do cp "$file" "$PACK/$run/.new" && mv "$PACK/$run/.new" "$PACK/$run/$(basename "$file")"; done
+  for file; do cp "$file" "$PACK/$run/.new.$BASHPID" && mv "$PACK/$run/.new.$BASHPID" "$PACK/$run/$(basename "$file")"; done
   archive
 }
 
@@ -113,26 +113,32 @@ train_and_measure() {  # arm, seed
     logged "$run" "$PYTHON" $HERE/controls.py --ckpt "$RUNS/$run/"{ckpt,ckpt_0}.pt && pack "$run"
 }
 
-look_closer() {  # arm, seed: the analyses that one seed is enough for; what one has written is kept although it failed in the end
-  local run=$1_${SCALE}_$2 asked tool flags
-  for asked in "intervene --sequences=64" probe; do
-    read -r tool flags <<< "$asked"
-    [ -e "$tool.py" ] && [ -e "$PACK/$run/recipe.json" ] && [ ! -e "$PACK/$run/$tool.json" ] && [ -e "$RUNS/$run/ckpt.pt" ] || continue
-    logged "$run" "$PYTHON" "$tool.py" --ckpt "$RUNS/$run" $flags; add "$run" "$RUNS/$run/$tool"*.{png,json}
-  done
-  [ "$(tr -cd , <<< "$SNAPSHOTS" | wc -c)" -lt 4 ] || [ -e "$PACK/$run/onset.json" ] ||
-    { logged "$run" "$PYTHON" results/emergence/onset.py --ckpt "$RUNS/$run"; add "$run" "$RUNS/$run/onset".{png,json}; }
+look_closer() {  # arm, tool: the analyses that one seed is enough for; what one has written is kept although it failed in the end
+  local run=$1_${SCALE}_$CLOSER tool=$2 script=$2.py flags=
+  case $tool in
+    intervene) flags=--sequences=64 ;;
+    onset) script=results/emergence/onset.py && [ "$(tr -cd , <<< "$SNAPSHOTS" | wc -c)" -ge 4 ] || return ;;
+  esac
+  [ -e "$script" ] && [ ! -e "$PACK/$run/$tool.json" ] && [ -e "$RUNS/$run/ckpt.pt" ] || return
+  logged "$run" "$PYTHON" "$script" --ckpt "$RUNS/$run" $flags; add "$run" "$RUNS/$run/$tool"*.{png,json}
 }
 
-work() {  # a GPU or "": takes what nobody has taken
+work() {  # a GPU or "": takes what nobody has taken, and waits for the others to end, since there may be something to look at closer
   trap 'exit 143' TERM  # once the command at hand, which is told as well, has ended: a training saves first
   export CUDA_VISIBLE_DEVICES=$1
-  local arm seed task
+  local arm seed tool claim busy=1
   for seed in $SEEDS; do
-    for arm in $ARMS; do mkdir "$CLAIMS/$arm.$seed" 2> /dev/null && train_and_measure "$arm" "$seed"; done
+    for arm in $ARMS; do mkdir "$CLAIMS/$arm.$seed" 2> /dev/null && { train_and_measure "$arm" "$seed"; touch "$CLAIMS/$arm.$seed/ended"; }; done
   done
-  for task in baseline ledger; do
-    [ -e "$PACK/${task}_${SCALE}_$CLOSER/recipe.json" ] && mkdir "$CLAIMS/closer.$task" 2> /dev/null && look_closer "$task" "$CLOSER"
+  while [ $busy = 1 ]; do
+    busy=0
+    for claim in "$CLAIMS"/*.[0-9]*; do [ -e "$claim/ended" ] || busy=1; done
+    for arm in baseline ledger; do
+      for tool in intervene probe onset; do
+        [ -e "$PACK/${arm}_${SCALE}_$CLOSER/recipe.json" ] && mkdir "$CLAIMS/closer.$arm.$tool" 2> /dev/null && look_closer "$arm" "$tool"
+      done
+    done
+    [ $busy = 0 ] || sleep 1
   done
 }
 
