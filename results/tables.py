@@ -105,7 +105,13 @@ def sentences():
     predicted = {key: f"{line['r2_architectures_out']:.2f}" for key, line in fitted['sweep']['prediction'].items()}
     five = sorted((predicted[key] for key in ('A', 'lambda', 'gamma', 't0', 'K')), key=float)
     place = json.loads((RESULTS / EDITED['160m baseline, h'][0] / 'probe.json').read_text())['streams']['h'][0]['tasks']['position']['linear']
-    return {'fits': 'mean R² of the sweep: ' + ', '.join(f"{stream} {r2('sweep', stream)}" for stream in 'hDC') + '; of the 160M runs: '
+    looked = [json.loads(path.read_text()) for path in sorted((RESULTS / 'emergence/onset').glob('*.json'))]
+    found = [(with_class['p'], s['stream'], kind) for report in looked for s in report['streams'] for kind, with_class in s['with'].items() if with_class['p'] is not None]
+    least, stream, kind = min(found)
+    judged = verdicts.judge(verdicts.read_runs(RESULTS / 'demo_long'))
+    return {'verdicts': '; '.join(f"{text}: {word.split(';')[0]}{')' * (';' in word and ')' not in word.split(';')[0])}" for text, word, _ in judged.values()),
+            'onset': f'of {len(found)} rank correlations between the growth of a ratio and the share of a class of tokens in the fall of the loss, the smallest p is {least:.3f} ({stream}, {kind})',
+            'fits': 'mean R² of the sweep: ' + ', '.join(f"{stream} {r2('sweep', stream)}" for stream in 'hDC') + '; of the 160M runs: '
                     + ', '.join(f"{stream} {r2('160m', stream)}" for stream in 'hDC'),
             'predictions': f"R² {predicted['final']} for the ratio at the end, mostly arm and depth; {predicted['half_step']} for the step of half height; {five[0]} to {five[-1]} for the five parameters",
             'probes': ', '.join(f"{100 * place[told]['balanced']['value']:.0f}% {words}" for told, words in
