@@ -100,6 +100,7 @@ def main(argv=None):
         runs = read_runs(args.folder)
         if not runs:
             raise UserError(f'there is no <set>/<arm>_<scale>/measure.json in {args.folder}: make them with bash results/pysource_160m/run.sh')
+        out.mkdir(parents=True, exist_ok=True)
         for scale in SCALES:
             if by_seed := doses(runs, scale):
                 draw_doses(by_seed, scale, out / f'dose_{scale}.png')

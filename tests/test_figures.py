@@ -37,8 +37,8 @@ def test_a_figure_is_drawn_only_of_runs_that_are_there(tmp_path, capsys):
     assert not list(tmp_path.glob('*.png'))
     for name, alpha in (('ledger_160m_1', 0.02), ('ledger_hs_160m_1', 0.3), ('ledger_a1.0_160m_1', 1.0), ('ledger_demo', 0.02)):
         write_run(tmp_path, name, alpha, value=3.0)
-    figures.main([str(tmp_path)])
-    assert {path.name for path in tmp_path.glob('*.png')} == {'dose_160m.png', 'scale.png'} and 'written' in capsys.readouterr().out
+    figures.main([str(tmp_path), f'--out={tmp_path}/deep/new'])
+    assert {path.name for path in (tmp_path / 'deep/new').glob('*.png')} == {'dose_160m.png', 'scale.png'} and 'written' in capsys.readouterr().out
 
 
 def test_what_is_missing_or_torn_is_said_in_one_sentence(tmp_path):
