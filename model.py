@@ -259,6 +259,16 @@ class GPT(nn.Module):
         x = self.tok_emb(idx) + self.pos_emb.weight[:idx.shape[1]]
         return x.bfloat16() if self.config.bf16_streams else x
 
+    def trunk(self, idx):
+        """Returns what the head sees, (B, T, d), and the mean commit gate of each sublayer, a list, empty for an operator that has none."""
+        operator = RESIDUALS[self.config.residual]
+        streams, gates = operator.start(self.embed(idx)), []
+        for sublayer in self.sublayers:
+            streams, gate = sublayer(streams)
+            if gate is not None:
+                gates.append(gate.mean())
+        return self.norm(operator.decode(streams, self.config)), gates
+
     def forward(self, idx, targets=None):
         """idx, targets: (B, T) int64, T at most block_size.
         Without targets returns the logits, (B, T, V). With targets returns three things: the objective to minimize,
@@ -267,26 +277,16 @@ class GPT(nn.Module):
         T = idx.shape[1]
         if T > self.config.block_size:
             raise UserError(f'a sequence of {T} tokens is longer than block_size = {self.config.block_size}')
-        streams, gates = RESIDUALS[self.config.residual].start(self.embed(idx)), []
-        for sublayer in self.sublayers:
-            streams, gate = sublayer(streams)
-            if gate is not None:
-                gates.append(gate.mean())
-        return self.decode(streams) if targets is None else self.objective(streams, gates, targets)
-
-    def decode(self, streams):
-        """Returns the logits."""
-        return self.head(self.norm(RESIDUALS[self.config.residual].decode(streams, self.config)))
-
-    def objective(self, streams, gates, targets):
-        """streams: after the last sublayer; gates: the mean commit gate of each. Returns what forward does with targets."""
-        x = self.norm(RESIDUALS[self.config.residual].decode(streams, self.config))
+        x, gates = self.trunk(idx)
+        if targets is None:
+            return self.head(x)
         # tensor cores want rows in multiples of 64: classes without weights, of a logit so low that they have no part in the loss
         V, more = self.config.vocab_size, -self.config.vocab_size % 64
         logits = F.linear(x, F.pad(self.head.weight, (0, 0, 0, more)), F.pad(x.new_zeros(V), (0, more), value=-1e9))
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         if not gates:
             return loss, loss, loss.new_zeros(0)
+        # a sum, not a mean of the stack: the gradient of each gate is then the same number, so that the compiler need not make a kernel of its own for each
         return loss + self.config.commit_sparsity * sum(gates) / len(gates), loss, torch.stack(gates).detach()
 
     def num_params(self):
