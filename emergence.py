@@ -78,13 +78,15 @@ def pack(folder):
     if not lines:
         raise UserError(f'there is no log.jsonl in {folder}: name folders of runs, files written with --pack, or --csv=FILE')
 
+    model = model_args(folder)  # says what is wrong with run.json
+    made = json.loads((folder / 'run.json').read_text()) if (folder / 'run.json').exists() else {}
+
     def short(values):
         return [None if v is None else float(f'{v:.5g}') for v in values]
     try:
         streams = {stream: {key: [short(column) for column in zip(*(line['streams'][stream][key] for line in lines))] for key in KEPT}
                    for stream in lines[0]['streams']}
-        made = json.loads((folder / 'run.json').read_text()) if (folder / 'run.json').exists() else {}
-        return {'run': folder.name, 'model_args': model_args(folder), 'made': {key: made[key] for key in ('config', 'data_sha256') if key in made}, 'steps': [line['iter'] for line in lines],
+        return {'run': folder.name, 'model_args': model, 'made': {key: made[key] for key in ('config', 'data_sha256') if key in made}, 'steps': [line['iter'] for line in lines],
                 'val_loss': short(line['val_loss'] for line in lines), 'streams': streams}
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f'{folder}/log.jsonl lacks the streams that train.py writes ({error}): train the run again') from None

@@ -14,6 +14,8 @@ README = (ROOT / 'README.md').read_text()
 sys.path.insert(0, str(ROOT / 'results'))
 import tables  # noqa: E402
 
+TABLES, SENTENCES = tables.tables(), tables.sentences()
+
 
 def block_after(mark):
     return re.search(rf'^<!-- {mark} -->\n```\w+\n(.*?)^```', README, re.M | re.S).group(1)
@@ -36,14 +38,14 @@ def test_the_example_of_a_new_residual_operator_trains_as_it_stands(monkeypatch)
     assert losses[-1] < losses[0] - 0.1
 
 
-@pytest.mark.parametrize('name', tables.tables())
+@pytest.mark.parametrize('name', TABLES)
 def test_every_table_is_made_from_the_files_in_results(name):
-    assert tables.tables()[name] in README + (ROOT / 'results/README.md').read_text()
+    assert TABLES[name] in README + (ROOT / 'results/README.md').read_text()
 
 
-@pytest.mark.parametrize('name', tables.sentences())
+@pytest.mark.parametrize('name', SENTENCES)
 def test_numbers_in_words_are_those_of_the_files_in_results(name):
-    assert tables.sentences()[name] in ' '.join(README.split())
+    assert SENTENCES[name] in ' '.join(README.split())
 
 
 def test_every_file_that_the_readme_links_is_there():
