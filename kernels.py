@@ -9,16 +9,16 @@ Its arithmetic is small; what costs is memory traffic: e, w, k and most gradient
   columns and those of U sums over tokens. With v = U_k a_k and G = U_kᵀU_k: ‖v‖² = a_kᵀ G a_k and kᵀD = a_kᵀ(U_kᵀD) / ‖v‖, so neither
   needs v; the gradient of v is f · (−g ⊙ e) + h · D − 2 f h · v, with g that of the new D, f = kᵀD / ‖v‖ and h = −(g ⊙ e)ᵀv / ‖v‖².
   Where ‖v‖ is held at 1e-12, its last part is missing;
-- the read hands the streams on, so that one pass over the rows of its backward adds up all that comes back through them;
+- a sublayer's commit waits for the next sublayer's read, and the read hands the streams on: one pass over the rows of its backward adds up all
+  that comes back through D, C and the commit gate;
 - a comes out of the product in which the sublayer reads u, the write map is folded into the one with which it writes
-  (y + U_g V_g y = (W + U_g V_g W) x + (b + U_g V_g b)), and c multiplies V_P D, which has r numbers a token, not U_P V_P D.
+  (y + U_g V_g y = (W + U_g V_g W) x + (b + U_g V_g b)), and c multiplies p = V_P D, which has r numbers a token, not U_P V_P D.
 
-Shapes: N = B·T tokens, d = n_embd; WIDTH is d rounded up to a power of two. r is gate_rank, filled up with zeros to 64 or 128: the kernels then
-mask no ranks, and every product is of a size that tensor cores take whole.
-D, C, y, u, g: (N, d); a: (N, 3r), rows may lie apart; U: (3, d, r), in the order e, w, k; be, bw: (d,); f, h, last = 2 f h: (N,);
-projected = U_kᵀD, Ga = G a_k: (N, r). A name that begins with g is a gradient.
+Shapes: N = B·T tokens, d = n_embd, a multiple of 16; WIDTH is d rounded up to a power of two. r is gate_rank, filled up with zeros to 64 or 128:
+the kernels then mask no ranks, and every product is of a size that tensor cores take whole.
+D, C, y, u, g: (N, d); a: (N, 3r), rows may lie apart; U: (3, d, r), in the order e, w, k; be, bw: (d,); c, f, h, last = 2 f h: (N,);
+p, projected = U_kᵀD, Ga = G a_k: (N, r); VP: (r, d), UP: (d, r). A name that begins with g is a gradient.
 """
-import copy
 from dataclasses import replace
 
 import torch
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from model import GPT, RESIDUALS, Ledger, Sublayer
+from model import GPT, RESIDUALS, Ledger, Sublayer, twin
 
 HALF = torch.bfloat16  # of what enters a matrix product
 PTX = tl.constexpr(bool(torch.version.cuda) and not triton.knobs.runtime.interpret)
@@ -36,6 +36,7 @@ DELIBERATE = dict(ROWS=64, COLUMNS=64, LOOP=8, STAGES=2, num_warps=8)
 GRADIENT_A = dict(ROWS=64, COLUMNS=32, STAGES=3, num_warps=4)
 GRADIENT_U = dict(ROWS=64, COLUMNS=32, LOOP=16, STAGES=2, num_warps=4)
 GRADIENT_READ = dict(ROWS=2, LOOP=32, STAGES=3)
+ADD_PRODUCT = dict(ROWS=64, COLUMNS=128, num_warps=4)
 
 
 @triton.jit
@@ -60,7 +61,7 @@ def load_a(a, gate: tl.constexpr, row, left, apart, r: tl.constexpr):
 
 
 @triton.jit
-def deliberate_kernel(D, y, a, f, U, be, bw, D2, N, apart, d, r: tl.constexpr,
+def deliberate_kernel(D, y, a, f, U, be, bw, D2, N, apart, d: tl.constexpr, r: tl.constexpr,
                       ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr):
     """D2 = D − e ⊙ v · f + w ⊙ y."""
     col, row = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, ROWS)
@@ -117,7 +118,7 @@ def gradient_a_kernel(g, y, a, f, U, be, bw, projected, Ga, length, ga, h, last,
 
 
 @triton.jit
-def gradient_U_kernel(g, y, D, a, f, h, last, U, be, bw, gy, gD, gU, gb, N, apart, d, r: tl.constexpr,
+def gradient_U_kernel(g, y, D, a, f, h, last, U, be, bw, gy, gD, gU, gb, N, apart, d: tl.constexpr, r: tl.constexpr,
                       ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr):
     """The gradients of y and D, and this program's share of those of U and of the biases: its rows."""
     col, row, rank = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, ROWS), tl.arange(0, r)
@@ -159,17 +160,18 @@ def gradient_U_kernel(g, y, D, a, f, h, last, U, be, bw, gy, gD, gU, gb, N, apar
 
 
 @triton.jit
-def gradient_read_kernel(gu, gs, gD, gC, D, C, scale, gain, wc, gD2, gC2, sums, N, d, eps, WIDTH: tl.constexpr,
+def gradient_read_kernel(gu, gs, gD, gC, D, C, c, scale, gain, wc, gD2, gC2, gc, sums, N, eps, d: tl.constexpr, WIDTH: tl.constexpr,
                          ROWS: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr):
-    """The gradients of D and C, and this program's share of those of scale, gain and wc: its rows."""
+    """The gradients of D and C as they leave the deliberation and the commit before, the part of that of c that comes by D, and this program's
+    share of those of scale, gain and wc: its rows."""
     col, row = tl.arange(0, WIDTH), tl.arange(0, ROWS)
     scale, gain, wc = (tl.load(scale + col, col < d, 0.0)[None, :], tl.load(gain + col, col < d, 0.0)[None, :], tl.load(wc + col, col < d, 0.0)[None, :])
     sum_scale, sum_gain, sum_wc = tl.zeros((ROWS, WIDTH), tl.float32), tl.zeros((ROWS, WIDTH), tl.float32), tl.zeros((ROWS, WIDTH), tl.float32)
     for i in tl.range(LOOP, num_stages=STAGES):
         first = (tl.program_id(0) * LOOP + i).to(tl.int64) * ROWS
         at, there = first * d + row[:, None] * d + col[None, :], (row < N - first)[:, None] & (col < d)[None, :]
-        c = tl.load(C + at, there, 0.0).to(tl.float32)
-        n = tl.load(D + at, there, 0.0).to(tl.float32) + scale * c
+        x, y = tl.load(D + at, there, 0.0).to(tl.float32), tl.load(C + at, there, 0.0).to(tl.float32)
+        n = x + scale * y
         inverse = tl.rsqrt(tl.sum(n * n, 1) / d + eps)[:, None]
         n *= inverse
         s = tl.load(gs + first + row, row < N - first, 0.0)[:, None]
@@ -178,13 +180,27 @@ def gradient_read_kernel(gu, gs, gD, gC, D, C, scale, gain, wc, gD2, gC2, sums, 
         sum_gain += g * n
         g *= gain
         g = inverse * (g - n * (tl.sum(g * n, 1) / d)[:, None])
-        sum_scale += g * c
-        tl.store(gD2 + at, tl.load(gD + at, there, 0.0).to(tl.float32) + g, there)
-        tl.store(gC2 + at, tl.load(gC + at, there, 0.0).to(tl.float32) + scale * g, there)
+        sum_scale += g * y
+        y = tl.load(gC + at, there, 0.0).to(tl.float32) + scale * g
+        tl.store(gC2 + at, y, there)
+        tl.store(gc + first + row, tl.sum(x * y, 1), row < N - first)
+        y = tl.load(c + first + row, row < N - first, 0.0)[:, None] * y
+        tl.store(gD2 + at, tl.load(gD + at, there, 0.0).to(tl.float32) + g + y, there)
     sums += tl.program_id(0) * 3 * d + col
     tl.store(sums, tl.sum(sum_scale, 0), col < d)
     tl.store(sums + d, tl.sum(sum_gain, 0), col < d)
     tl.store(sums + 2 * d, tl.sum(sum_wc * gain, 0), col < d)
+
+
+@triton.jit
+def add_product_kernel(g, gp, VP, g2, N, d: tl.constexpr, r: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """g2 = g + gp VP."""
+    col, row, rank = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, ROWS), tl.arange(0, r)
+    first = tl.program_id(1).to(tl.int64) * ROWS
+    at, there = first * d + row[:, None] * d + col[None, :], (row < N - first)[:, None] & (col < d)[None, :]
+    x = tl.load(gp + first * r + row[:, None] * r + rank[None, :], (row < N - first)[:, None], 0.0)
+    x = tl.dot(x, tl.load(VP + rank[:, None] * d + col[None, :], (col < d)[None, :], 0.0))
+    tl.store(g2 + at, tl.load(g + at, there, 0.0).to(tl.float32) + x, there)
 
 
 def groups(tile, N):
@@ -246,94 +262,106 @@ def _(g, y, D, a, f, h, last, U, be, bw):
     return empty_gradients_U(y, D, U, be)
 
 
-def empty_gradients_read(D, C, gain):
-    return torch.empty_like(D), torch.empty_like(C), gain.new_empty(groups(GRADIENT_READ, D.numel() // len(gain)), 3, len(gain))
+def empty_gradients_read(D, C, c, gain):
+    return torch.empty_like(D), torch.empty_like(C), torch.empty_like(c), gain.new_empty(groups(GRADIENT_READ, D.numel() // len(gain)), 3, len(gain))
 
 
 @torch.library.custom_op('ledger::gradient_read', mutates_args=())
-def gradient_read(gu: torch.Tensor, gs: torch.Tensor, gD: torch.Tensor, gC: torch.Tensor, D: torch.Tensor, C: torch.Tensor, scale: torch.Tensor,
-                  gain: torch.Tensor, wc: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    outputs, d = empty_gradients_read(D, C, gain), len(gain)
+def gradient_read(gu: torch.Tensor, gs: torch.Tensor, gD: torch.Tensor, gC: torch.Tensor, D: torch.Tensor, C: torch.Tensor, c: torch.Tensor, scale: torch.Tensor,
+                  gain: torch.Tensor, wc: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    outputs, d = empty_gradients_read(D, C, c, gain), len(gain)
     width = triton.next_power_of_2(d)
-    gradient_read_kernel[(len(outputs[2]),)](gu, gs, gD, gC, D, C, scale, gain, wc, *outputs, D.numel() // d, d, eps, width, **GRADIENT_READ,
+    gradient_read_kernel[(len(outputs[3]),)](gu, gs, gD, gC, D, C, c, scale, gain, wc, *outputs, D.numel() // d, eps, d, width, **GRADIENT_READ,
                                              num_warps=min(16, max(1, width // 256)))
     return outputs
 
 
 @gradient_read.register_fake
-def _(gu, gs, gD, gC, D, C, scale, gain, wc, eps):
-    return empty_gradients_read(D, C, gain)
+def _(gu, gs, gD, gC, D, C, c, scale, gain, wc, eps):
+    return empty_gradients_read(D, C, c, gain)
+
+
+@torch.library.custom_op('ledger::add_product', mutates_args=())
+def add_product(g: torch.Tensor, gp: torch.Tensor, VP: torch.Tensor) -> torch.Tensor:
+    (N, d), g2 = g.shape, torch.empty_like(g)
+    add_product_kernel[triton.cdiv(d, ADD_PRODUCT['COLUMNS']), triton.cdiv(N, ADD_PRODUCT['ROWS'])](g, gp, VP, g2, N, d, len(VP), **ADD_PRODUCT)
+    return g2
+
+
+@add_product.register_fake
+def _(g, gp, VP):
+    return torch.empty_like(g)
+
+
+def commit(D, C, c, p, UP):
+    """D, C: (B, T, d), any precision; c: (B, T, 1) float32; p = V_P D: (B, T, r), UP: (d, r), bfloat16. Returns the new C."""
+    # copy=True: what is converted to its own precision has no gradient under torch.compile, PyTorch 2.11
+    return (C + c * D + (c * p).to(HALF) @ UP.T).to(C.dtype, copy=True)
 
 
 class Read(torch.autograd.Function):
-    """D, C: (B, T, d), any precision; scale = λ, gain, wc = w_c: (d,) float32. Returns u in bfloat16, uᵀw_c (B, T, 1) float32, and the streams."""
+    """The commit before, then the read. Of commit: D, C, c, p, UP; scale = λ, gain, wc = w_c: (d,) float32.
+    Returns u in bfloat16, uᵀw_c (B, T, 1) float32, D, and the new C."""
 
     @staticmethod
-    def forward(ctx, D, C, scale, gain, wc, eps):
-        ctx.save_for_backward(D, C, scale, gain, wc)
+    def forward(ctx, D, C, c, p, UP, scale, gain, wc, eps):
+        with torch.autocast(D.device.type, enabled=False):
+            C = commit(D, C, c, p, UP)
+        ctx.save_for_backward(D, C, c, p, UP, scale, gain, wc)
         ctx.eps = eps
         x = D + scale * C
         u = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain
-        # copy=True: what is converted to its own precision has no gradient under torch.compile, PyTorch 2.11
-        return u.to(HALF, copy=True), (u * wc).sum(-1, keepdim=True), D.view_as(D), C.view_as(C)
+        return u.to(HALF, copy=True), (u * wc).sum(-1, keepdim=True), D.view_as(D), C
 
     @staticmethod
     def backward(ctx, gu, gs, gD, gC):
-        D, C, scale, gain, wc = ctx.saved_tensors
-        gD, gC, sums = gradient_read(*(g.contiguous() for g in (gu, gs, gD, gC)), D, C, scale, gain, wc, ctx.eps)
-        return gD, gC, *sums.sum(0), None
+        D, C, c, p, UP, scale, gain, wc = ctx.saved_tensors
+        gD, gC, gc, sums = gradient_read(*(g.contiguous() for g in (gu, gs, gD, gC)), D, C, c, scale, gain, wc, ctx.eps)
+        with torch.autocast(D.device.type, enabled=False):
+            half = gC.to(HALF)
+            z = half @ UP
+            gUP = half.flatten(0, 1).T @ (c * p).to(HALF).flatten(0, 1)
+        return gD, gC, gc + (z * p).sum(-1, keepdim=True, dtype=torch.float32), (c * z).to(p.dtype), gUP, *sums.sum(0), None
 
 
 class Deliberate(torch.autograd.Function):
-    """D: (N, d), any precision; y: (N, d), a: (N, 3r), U: (3, d, r), bfloat16; be, bw: (d,) float32. Returns the new D."""
+    """D: (N, d), any precision; y: (N, d), a: (N, 3r), U: (3, d, r), VP: (r, d), bfloat16; be, bw: (d,) float32. Returns the new D and p = V_P D, (N, r)."""
 
     @staticmethod
-    def forward(ctx, D, y, a, U, be, bw):
+    def forward(ctx, D, y, a, U, be, bw, VP):
         with torch.autocast(D.device.type, enabled=False):
             ak = a.chunk(3, 1)[2].float()
-            projected = D.to(U.dtype) @ U[2]
+            projected = D.to(HALF) @ U[2]
             Ga = ak @ (U[2].float().T @ U[2].float())           # float32: a quadratic form in bfloat16 loses what is small
             length = (ak * Ga).sum(1).clamp_min(1e-24).sqrt()
             f = (ak * projected).sum(1) / length.square()
-            ctx.save_for_backward(D, y, a, U, be, bw, projected, Ga.to(U.dtype), length, f)
-            return deliberate(D, y, a, f, U, be, bw)
+            D2 = deliberate(D, y, a, f, U, be, bw)
+            ctx.save_for_backward(D, y, a, U, be, bw, VP, projected, Ga.to(HALF), length, f, D2)
+            return D2, D2.to(HALF) @ VP.T
 
     @staticmethod
-    def backward(ctx, g):
-        D, y, a, U, be, bw, projected, Ga, length, f = ctx.saved_tensors
-        g = g.contiguous()
+    def backward(ctx, g, gp):
+        D, y, a, U, be, bw, VP, projected, Ga, length, f, D2 = ctx.saved_tensors
+        gp = gp.contiguous()
+        g = add_product(g.contiguous(), gp, VP)
         ga, h, last = gradient_a(g, y, a, f, U, be, bw, projected, Ga, length)
         gy, gD, gU, gb = gradient_U(g, y, D, a, f, h, last, U, be, bw)
-        return gD, gy, ga, gU.sum(0).to(U.dtype), *gb.sum(0)
-
-
-class Commit(torch.autograd.Function):
-    """D, C: (B, T, d), any precision; c: (B, T, 1) float32; p = V_P D: (B, T, r), U = U_P: (d, r), bfloat16. Returns the new C."""
-
-    @staticmethod
-    def forward(ctx, D, C, c, p, U):
-        ctx.save_for_backward(D, c, p, U)
         with torch.autocast(D.device.type, enabled=False):
-            return (C + c * D + (c * p).to(HALF) @ U.T).to(C.dtype, copy=True)
+            return gD, gy, ga, gU.sum(0).to(U.dtype), *gb.sum(0), gp.T @ D2.to(HALF)
 
-    @staticmethod
-    def backward(ctx, g):
-        D, c, p, U = ctx.saved_tensors
-        with torch.autocast(D.device.type, enabled=False):
-            z = g.to(HALF) @ U
-            gU = g.to(HALF).flatten(0, 1).T @ (c * p).to(HALF).flatten(0, 1)
-        gc = (g * D).sum(-1, keepdim=True, dtype=torch.float32) + (z * p).sum(-1, keepdim=True, dtype=torch.float32)
-        return (c * g).to(D.dtype), g, gc, (c * z).to(p.dtype), gU
+
+def filled(rank):
+    return 64 if rank <= 64 else 128
 
 
 class FastSublayer(Sublayer):
-    """A ledger's sublayer that runs through the kernels."""
+    """A ledger's sublayer that runs through the kernels. It returns the C of the sublayer before, and beside the streams what is still to be committed: c, p, UP."""
 
     def forward(self, streams):
         r, function = self.residual, self.function
-        u, s, D, C = Read.apply(streams['D'], streams['C'], r.read_scale, self.norm.weight, r.commit_weight, self.norm.eps)
+        u, s, D, C = Read.apply(*streams.values(), r.read_scale, self.norm.weight, r.commit_weight, self.norm.eps)
+        more = filled(len(r.commit_map.V.weight)) - len(r.commit_map.V.weight)
         gates = r.erase_gate, r.write_gate, r.erase_direction
-        more = (64 if len(gates[0].V.weight) <= 64 else 128) - len(gates[0].V.weight)
         inputs, parts = (function.qkv, 3) if self.kind == 'attn' else (function.fc, 1)
         W = torch.cat([part.to(HALF) for part in (inputs.weight, *(F.pad(gate.V.weight, (0, 0, 0, more)) for gate in gates))])
         n = len(inputs.weight)
@@ -341,19 +369,33 @@ class FastSublayer(Sublayer):
         W, b = function.proj.weight, function.proj.bias
         y = F.linear(function.inner(*x), W + r.write_map(W.T).T, None if b is None else b + r.write_map(b))
         U = torch.stack([F.pad(gate.U.weight, (0, more)).to(HALF) for gate in gates])
-        D = Deliberate.apply(*(x.flatten(0, 1) for x in (D, y, a)), U, r.erase_gate.U.bias, r.write_gate.U.bias).view(D.shape)
+        VP, UP = F.pad(r.commit_map.V.weight, (0, 0, 0, more)).to(HALF), F.pad(r.commit_map.U.weight, (0, more)).to(HALF)
+        D, p = (x.view(*D.shape[:2], -1) for x in Deliberate.apply(*(x.flatten(0, 1) for x in (D, y, a)), U, r.erase_gate.U.bias, r.write_gate.U.bias, VP))
         c = torch.sigmoid(s + r.commit_bias)
-        C = Commit.apply(D, C, c, r.commit_map.V(D), r.commit_map.U.weight.to(HALF))
-        return {'D': D, 'C': C}, c
+        return {'D': D, 'C': C, 'c': c, 'p': p, 'UP': UP}, c
+
+
+class FastGPT(GPT):
+    """A ledger that runs through the kernels."""
+
+    def start(self, idx):
+        D, C = super().start(idx).values()
+        r = filled(self.config.gate_rank)
+        # the first read finds an empty commit, so that all sublayers are the same to the compiler
+        return {'D': D, 'C': C, 'c': D.new_zeros(*idx.shape, 1, dtype=torch.float32), 'p': D.new_zeros(*idx.shape, r, dtype=HALF),
+                'UP': D.new_zeros(D.shape[-1], r, dtype=HALF)}
+
+    def decode(self, streams):
+        return super().decode({'D': streams['D'], 'C': commit(*streams.values())})
 
 
 def as_fast(model):
     """Returns a GPT with the parameters of `model` that runs through the kernels."""
-    twin = copy.copy(model)
-    twin._modules = {**model._modules, 'sublayers': nn.ModuleList(copy.copy(sublayer) for sublayer in model.sublayers)}
-    for sublayer in twin.sublayers:
+    fast_model = twin(model)
+    fast_model.__class__ = FastGPT
+    for sublayer in fast_model.sublayers:
         sublayer.__class__ = FastSublayer
-    return twin
+    return fast_model
 
 
 def outputs_and_gradients(model, idx):
@@ -366,7 +408,7 @@ def fast(model):
     """Returns as_fast(model); or None if the model's formulas are not those of the kernels, which a small random model shows (model.py is
     there to be changed), or if the kernels cannot run at the model's own widths on its device."""
     config, device = model.config, model.norm.weight.device
-    if RESIDUALS.get(config.residual) is not Ledger or config.gate_rank > 128:
+    if RESIDUALS.get(config.residual) is not Ledger or config.gate_rank > 128 or config.n_embd % 16:
         return None
     own = replace(config, n_layer=1, vocab_size=64, block_size=64)
     small = replace(own, n_head=2, n_embd=32)  # few dimensions: every term of the formula counts

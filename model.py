@@ -10,6 +10,7 @@ What differs from a textbook GPT-2:
 
 Shapes: B sequences, T tokens, d = n_embd, r = gate_rank, V = vocab_size; sublayers s = 0 … 2·n_layer − 1, attention first.
 """
+import copy
 import math
 import zipfile
 from dataclasses import asdict, dataclass, fields
@@ -254,20 +255,21 @@ class GPT(nn.Module):
         self.sublayers = nn.ModuleList(Sublayer(config, s, function) for s, function in enumerate(functions))
         self.norm = RMSNorm(config.n_embd)
 
-    def embed(self, idx):
-        """idx: (B, T). Returns (B, T, d): token plus position embedding, in the precision of the streams."""
+    def start(self, idx):
+        """idx: (B, T). Returns the streams before the first sublayer, by name."""
         x = self.tok_emb(idx) + self.pos_emb.weight[:idx.shape[1]]
-        return x.bfloat16() if self.config.bf16_streams else x
+        return RESIDUALS[self.config.residual].start(x.bfloat16() if self.config.bf16_streams else x)
 
-    def trunk(self, idx):
-        """Returns what the head sees, (B, T, d), and the mean commit gate of each sublayer, a list, empty for an operator that has none."""
-        operator = RESIDUALS[self.config.residual]
-        streams, gates = operator.start(self.embed(idx)), []
-        for sublayer in self.sublayers:
-            streams, gate = sublayer(streams)
-            if gate is not None:
-                gates.append(gate.mean())
-        return self.norm(operator.decode(streams, self.config)), gates
+    def decode(self, streams):
+        """Returns what the head sees, (B, T, d)."""
+        return self.norm(RESIDUALS[self.config.residual].decode(streams, self.config))
+
+    def cross_entropy(self, streams, targets):
+        """Returns the cross-entropy of the decoded streams, in nats per token."""
+        # tensor cores want rows in multiples of 64: classes without weights, of a logit so low that they have no part in the loss
+        x, V, more = self.decode(streams), self.config.vocab_size, -self.config.vocab_size % 64
+        logits = F.linear(x, F.pad(self.head.weight, (0, 0, 0, more)), F.pad(x.new_zeros(V), (0, more), value=-1e9))
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def forward(self, idx, targets=None):
         """idx, targets: (B, T) int64, T at most block_size.
@@ -277,17 +279,18 @@ class GPT(nn.Module):
         T = idx.shape[1]
         if T > self.config.block_size:
             raise UserError(f'a sequence of {T} tokens is longer than block_size = {self.config.block_size}')
-        x, gates = self.trunk(idx)
+        streams, gates = self.start(idx), []
+        for sublayer in self.sublayers:
+            streams, gate = sublayer(streams)
+            if gate is not None:
+                gates.append(gate.mean())
         if targets is None:
-            return self.head(x)
-        # tensor cores want rows in multiples of 64: classes without weights, of a logit so low that they have no part in the loss
-        V, more = self.config.vocab_size, -self.config.vocab_size % 64
-        logits = F.linear(x, F.pad(self.head.weight, (0, 0, 0, more)), F.pad(x.new_zeros(V), (0, more), value=-1e9))
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            return self.head(self.decode(streams))
+        loss = self.cross_entropy(streams, targets)
         if not gates:
             return loss, loss, loss.new_zeros(0)
-        # a sum, not a mean of the stack: the gradient of each gate is then the same number, so that the compiler need not make a kernel of its own for each
-        return loss + self.config.commit_sparsity * sum(gates) / len(gates), loss, torch.stack(gates).detach()
+        gates = torch.stack(gates)
+        return loss + self.config.commit_sparsity * gates.mean(), loss, gates.detach()
 
     def num_params(self):
         return sum(p.numel() for p in self.parameters())
@@ -299,6 +302,13 @@ class GPT(nn.Module):
         Elementwise work is not counted."""
         weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
+
+
+def twin(model):
+    """Returns a GPT of the same parameters whose parts can be changed without changing those of `model`."""
+    other = copy.copy(model)
+    other._modules = {**model._modules, 'sublayers': nn.ModuleList(copy.copy(sublayer) for sublayer in model.sublayers)}
+    return other
 
 
 def load_checkpoint(path):

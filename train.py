@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 from data.loader import Tokens, atomic_write, dataset_folder, read_meta
 from measure import Statistics, collect, read_log, training_record
-from model import GPT, GPTConfig, DamagedCheckpoint, RESIDUALS, UserError, build_model, load_checkpoint
+from model import GPT, GPTConfig, DamagedCheckpoint, RESIDUALS, UserError, build_model, load_checkpoint, twin
 
 
 @dataclass
@@ -77,7 +77,8 @@ class Config:
     # the machine
     device: str = 'auto'           # cuda if there is one, else cpu
     dtype: str = 'auto'            # of autocast: bfloat16 on cuda, float32 (none) on cpu
-    compile: bool = True           # torch.compile; a minute well spent, except for the smallest runs
+    compile: bool = True           # torch.compile; half a minute well spent, except for the smallest runs
+    cuda_graphs: bool = True       # with compile, on a GPU: launching its kernels one by one would take longer than they do
     kernels: bool = True           # kernels.py for the training step where it applies: the ledger in bfloat16 on a GPU
 
     def __post_init__(self):
@@ -100,7 +101,7 @@ class Config:
 
 
 # What may differ between a checkpoint and the command that resumes it: none of it changes a step that has been taken.
-FREE_TO_CHANGE = ('max_iters', 'out_dir', 'init_from', 'log_interval', 'eval_interval', 'ckpt_interval', 'snapshots', 'device', 'compile', 'kernels', 'micro_batch')
+FREE_TO_CHANGE = ('max_iters', 'out_dir', 'init_from', 'log_interval', 'eval_interval', 'ckpt_interval', 'snapshots', 'device', 'compile', 'cuda_graphs', 'kernels', 'micro_batch')
 PEAK_FLOPS = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12}  # dense bfloat16, from the vendor's data sheets
 MEASURED_SEQUENCES = 64  # windows of the short measurement in log.jsonl
 
@@ -173,7 +174,7 @@ class World:
             if local >= gpus:
                 raise UserError(f'device={device}, but PyTorch sees {gpus} GPUs for {local + 1} or more processes on this machine: use --device=cpu, or fewer processes')
             torch.cuda.set_device(self.device)
-        if self.size > 1:
+        if self.size > 1 and not dist.is_initialized():
             dist.init_process_group('gloo' if self.device == 'cpu' else 'cpu:gloo,cuda:nccl')
 
     def sum(self, tensor):
@@ -250,8 +251,9 @@ class Run:
         self.model = GPT(config.model_config(meta['vocab_size'])).to(self.world.device)
         self.optimizer = make_optimizer(self.model, config)
         self.step_model = self.model_for_steps()
+        self.graphs = config.compile and config.cuda_graphs and cuda
         if config.compile:
-            self.step_model = torch.compile(self.step_model, fullgraph=True, dynamic=False)
+            self.compile_parts()
         self.wrapped = DistributedDataParallel(self.step_model, gradient_as_bucket_view=True) if self.world.size > 1 else self.step_model
         self.constants = {'model_args': asdict(self.model.config), 'config': asdict(config), 'data_sha256': meta.get('sha256')}
         self.iter_num, self.val_loss, self.best_val_loss = 0, math.inf, math.inf
@@ -273,6 +275,21 @@ class Run:
         self.say('the ledger update runs through kernels.py' if fast_model else f'kernels.py is left out: it does not compute this {self.config.residual}, or not on this GPU')
         return fast_model or self.model
 
+    def compile_parts(self):
+        """Compiles the step's model in parts, each kind of sublayer once: unrolled, 2 · n_layer of them take minutes. The measured model stays as it is."""
+        how = {'fullgraph': True, 'dynamic': False, 'options': {'triton.cudagraphs': True} if self.graphs else None}
+        torch._dynamo.config.recompile_limit = 4 * len(self.model.sublayers)  # an operator may be another in every sublayer
+        torch._dynamo.config.optimize_ddp = False                             # it would cut the parts up; their gradients come one part after another as it is
+        self.step_model = twin(self.step_model)
+        for sublayer in self.step_model.sublayers:
+            sublayer.compile(**how)
+        self.step_model.start, self.step_model.cross_entropy = (torch.compile(part, **how) for part in (self.step_model.start, self.step_model.cross_entropy))
+
+    def begin_pass(self):
+        """To be called before what no longer needs anything of an earlier pass: CUDA graphs use its memory again."""
+        if self.graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+
     def autocast(self):
         return torch.autocast(self.world.device.split(':')[0], torch.bfloat16) if self.dtype == 'bfloat16' else nullcontext()
 
@@ -292,6 +309,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group['lr'] = learning_rate(self.iter_num, self.config)
         share, total = self.micro_batch / self.mine, 0
+        self.begin_pass()
         for i, (x, y) in enumerate(self.micro_batches(self.iter_num), 1):
             with nullcontext() if i * self.micro_batch == self.mine or self.world.size == 1 else self.wrapped.no_sync():  # gradients are exchanged once a step
                 with self.autocast():
@@ -339,6 +357,7 @@ class Run:
         for i in range(0, len(starts), n * self.world.size):
             chunk = starts[i + n * self.world.rank:][:n]
             model = self.step_model if len(chunk) == n else self.model   # the compiled graph has one shape
+            self.begin_pass()
             with torch.set_grad_enabled(self.config.compile), self.autocast():  # and one mode: evaluating in it spares a second compilation
                 _, loss, commit_rate = model(*self.windows(split, chunk if len(chunk) else starts[:1]))
             total = total + torch.cat([loss.detach()[None], commit_rate.detach()]).double() * (len(chunk) / len(starts))

@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from conftest import ROOT
-from model import MLP, GPT, GPTConfig, Ledger, linear
+from model import MLP, GPT, GPTConfig, Ledger, linear, twin
 
 pytest.importorskip('triton', reason='kernels.py needs Triton')
 
@@ -47,11 +47,18 @@ def commit_gates(model, idx):
     return torch.stack(seen)
 
 
+def compiled(model):
+    model = twin(model)
+    for sublayer in model.sublayers:
+        sublayer.compile(fullgraph=True, dynamic=False)
+    return model
+
+
 def error(found, expected):
     return ((found - expected).norm() / expected.norm()).item()
 
 
-ODD_SIZES = [dict(n_embd=48, n_head=3, block_size=23, gate_rank=10), dict(n_embd=72, n_head=2, block_size=27, gate_rank=33, decode_gamma=0.7)]
+ODD_SIZES = [dict(n_embd=48, n_head=3, block_size=23, gate_rank=10), dict(n_embd=80, n_head=2, block_size=27, gate_rank=33, decode_gamma=0.7)]
 
 
 class Bilinear(nn.Module):
@@ -70,7 +77,7 @@ def check_in_float32():
     import kernels
     import model as model_py
     kernels.HALF = torch.float32  # the interpreter multiplies no bfloat16
-    for tile in (kernels.DELIBERATE, kernels.GRADIENT_A, kernels.GRADIENT_U, kernels.GRADIENT_READ):
+    for tile in (kernels.DELIBERATE, kernels.GRADIENT_A, kernels.GRADIENT_U, kernels.GRADIENT_READ, kernels.ADD_PRODUCT):
         tile |= dict(ROWS=32, LOOP=2) if 'LOOP' in tile else dict(ROWS=32)  # 69 tokens are more than one program's work, the last one's in part
     for sizes in ODD_SIZES:
         model = shaken(**sizes)
@@ -110,11 +117,12 @@ def test_the_kernels_compile_for_hopper_and_fit_into_its_shared_memory(monkeypat
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
     monkeypatch.setattr(kernels, 'PTX', kernels.tl.constexpr(True))  # the branch that the interpreter never takes
-    types = {name: streams for name in ('D', 'C', 'g', 'gD', 'gC', 'D2', 'gD2', 'gC2')} | dict.fromkeys(('y', 'a', 'U', 'gy', 'gu', 'projected', 'Ga', 'ga'), '*bf16')
-    types |= dict.fromkeys(('N', 'apart', 'd'), 'i32') | {'eps': 'fp32'}
-    for kernel, tile, sizes in ((kernels.deliberate_kernel, kernels.DELIBERATE, dict(r=64)), (kernels.gradient_a_kernel, kernels.GRADIENT_A, dict(d=768, r=64)),
-                                (kernels.gradient_U_kernel, kernels.GRADIENT_U, dict(r=64)), (kernels.gradient_read_kernel, kernels.GRADIENT_READ, dict(WIDTH=1024))):
-        fixed = {**tile, **sizes}
+    types = {name: streams for name in ('D', 'C', 'g', 'gD', 'gC', 'D2', 'gD2', 'gC2', 'g2')} | dict.fromkeys(('y', 'a', 'U', 'gy', 'gu', 'projected', 'Ga', 'ga', 'gp', 'VP'), '*bf16')
+    types |= dict.fromkeys(('N', 'apart'), 'i32') | {'eps': 'fp32'}
+    for kernel, tile, sizes in ((kernels.deliberate_kernel, kernels.DELIBERATE, dict(r=64)), (kernels.gradient_a_kernel, kernels.GRADIENT_A, dict(r=64)),
+                                (kernels.gradient_U_kernel, kernels.GRADIENT_U, dict(r=64)), (kernels.gradient_read_kernel, kernels.GRADIENT_READ, dict(WIDTH=1024)),
+                                (kernels.add_product_kernel, kernels.ADD_PRODUCT, dict(r=64))):
+        fixed = {**tile, **sizes, 'd': 768}
         options = {'num_warps': fixed.pop('num_warps', 4)}
         arguments = {name: 'constexpr' if name in fixed else types.get(name, '*fp32') for name in kernel.arg_names}
         source = ASTSource(kernel, arguments, {(i,): fixed[name] for i, name in enumerate(kernel.arg_names) if name in fixed},
@@ -134,7 +142,7 @@ def test_on_a_gpu_the_error_against_float64_is_at_most_1_5_times_that_of_plain_b
     outputs, gradients = loss_and_gradients(exact, exact, idx, targets)
     fast = kernels.as_fast(model)
     with torch.autocast('cuda', torch.bfloat16):
-        (plain, plain_gradients), (found, found_gradients) = (loss_and_gradients(torch.compile(m, fullgraph=True, dynamic=False) if model.config.n_embd == 768 else m, model, idx, targets) for m in (model, fast))
+        (plain, plain_gradients), (found, found_gradients) = (loss_and_gradients(compiled(m) if model.config.n_embd == 768 else m, model, idx, targets) for m in (model, fast))
         plain_gates, found_gates = commit_gates(model, idx), commit_gates(fast, idx)
     for found, slow, right in ((found[0], plain[0], outputs[0]), (found_gates, plain_gates, commit_gates(exact, idx))):
         assert error(found, right) < 1.5 * error(slow, right) + 1e-5

@@ -1,13 +1,17 @@
 """
-Does training through kernels.py follow training through the plain formulas? Four runs of one seed on the same tokens: plain, plain again, plain with
-half the micro_batch (the same sums in another order), and through the kernels. Printed and saved: the mean over steps of how far each loss lies from the first run's.
+Does training through kernels.py follow training through the plain formulas, and on several processes that on one? Runs of one seed on the same tokens: plain, plain again,
+plain with half the micro_batch (the same sums in another order), through the kernels, and these with half the micro_batch. Printed and saved: every step's loss, and the
+mean over steps of how far each lies from the first run's.
 
     python results/h200/same_loss.py --dataset=pysource --out=results/h200/same_loss.json           200 steps of config/ledger_160m.py; any --key=value of train.py
+    torchrun --nproc_per_node=2 results/h200/same_loss.py --runs=kernels …                          one of them on two GPUs
 
-Rule: the kernels' difference is no larger than that of half the micro_batch.
+Rule: the difference of the kernels, or of more processes, is no larger than that of half the micro_batch.
 """
 import argparse
+import gc
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -18,31 +22,38 @@ from bench import machine
 from data.loader import atomic_write
 from train import Run, read_config
 
+RUNS = {'plain': ['--kernels=False'], 'plain again': ['--kernels=False'], 'plain, half the micro_batch': ['--kernels=False', '--micro_batch='], 'kernels': [],
+        'kernels, half the micro_batch': ['--micro_batch=']}
+
 
 def losses(config, settings, steps):
-    """Returns the losses of the first steps of a run, and how it ran."""
+    """Returns the losses of the first steps of a run, means over all processes, and how it ran."""
     run = Run(read_config([config, *settings]))
-    found = torch.stack([run.step()[0] for _ in range(steps)])
-    return found.double().cpu(), {'micro_batch': run.micro_batch, 'sublayer': type(run.step_model.sublayers[0]).__name__}
+    found = torch.stack([run.step()[0].clone() for _ in range(steps)])
+    how = {'processes': run.world.size, 'micro_batch': run.micro_batch, 'sublayer': type(run.step_model.sublayers[0]).__name__}
+    return run.world.sum(found.double()).cpu() / run.world.size, how
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--config', default='config/ledger_160m.py')
     parser.add_argument('--steps', type=int, default=200)
+    parser.add_argument('--runs', default='plain;plain again;plain, half the micro_batch;kernels', help='names with semicolons between')
     parser.add_argument('--out', type=Path)
     args, settings = parser.parse_known_args(argv)
     half = read_config([args.config, *settings]).batch_size // 2
-    runs = {'plain': ['--kernels=False'], 'plain again': ['--kernels=False'], 'half the micro_batch': ['--kernels=False', f'--micro_batch={half}'], 'kernels': []}
     report, first = {'command': 'python results/h200/same_loss.py ' + ' '.join(sys.argv[1:] if argv is None else argv), 'steps': args.steps, **machine(), 'runs': {}}, None
-    for name, own in runs.items():
-        found, how = losses(args.config, settings + own, args.steps)
+    for name in args.runs.split(';'):
+        found, how = losses(args.config, settings + [flag + str(half) if flag.endswith('=') else flag for flag in RUNS[name]], args.steps)
         first = found if first is None else first
         difference = (found - first).abs()
         report['runs'][name] = {**how, 'mean_difference': difference.mean().item(), 'largest_difference': difference.max().item(), 'signed_mean': (found - first).mean().item(),
-                                'last_loss': found[-1].item(), 'losses': [round(x, 5) for x in found.tolist()]}
-        print(f"{name:22} {how}: last loss {found[-1]:.4f}, from plain: mean {difference.mean():.2e}, largest {difference.max():.2e}", flush=True)
-    if args.out:
+                                'last_loss': found[-1].item(), 'losses': [round(x, 6) for x in found.tolist()]}
+        print(f"{name:30} {how}: last loss {found[-1]:.4f}, from the first run: mean {difference.mean():.2e}, largest {difference.max():.2e}", flush=True)
+        torch._dynamo.reset()  # and with it the memory of CUDA graphs
+        gc.collect()
+        torch.cuda.empty_cache()
+    if args.out and int(os.environ.get('RANK', 0)) == 0:
         with atomic_write(args.out, 'w') as file:
             json.dump(report, file)
 

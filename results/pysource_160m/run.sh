@@ -18,6 +18,7 @@ EVERY=${EVERY:-250}      # steps between evaluations, each a line of log.jsonl
 ARMS=${ARMS:-ledger baseline ledger_hs qknorm}
 SEEDS=${SEEDS:-1337}     # all arms of the first seed come before the next
 CLOSER=${CLOSER:-1337}   # the seed whose baseline and ledger go through intervene.py and probe.py as well
+SEQUENCES=${SEQUENCES:-64} # of intervene.py
 GPUS=${GPUS-0 1}         # a run at a time on each; "0 0" puts two on one; "" is the CPU
 DATASET=${DATASET:-pysource}
 SNAPSHOTS=${SNAPSHOTS:-0} # iterations whose weights are kept: 0, for the untrained model; with five that are evaluated, results/emergence/onset.py looks at them
@@ -116,7 +117,7 @@ train_and_measure() {  # arm, seed
 look_closer() {  # arm, tool: the analyses that one seed is enough for; what one has written is kept although it failed in the end
   local run=$1_${SCALE}_$CLOSER tool=$2 script=$2.py flags=
   case $tool in
-    intervene) flags=--sequences=64 ;;
+    intervene) flags=--sequences=$SEQUENCES ;;
     onset) script=results/emergence/onset.py && [ "$(tr -cd , <<< "$SNAPSHOTS" | wc -c)" -ge 4 ] || return ;;
   esac
   [ -e "$script" ] && [ ! -e "$PACK/$run/$tool.json" ] && [ -e "$RUNS/$run/ckpt.pt" ] || return
