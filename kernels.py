@@ -293,9 +293,14 @@ def _(g, gp, VP):
     return torch.empty_like(g)
 
 
+def half(x):
+    """x in bfloat16. PyTorch 2.11: what an autograd.Function returns has no gradient under torch.compile if it was converted to the precision that it has."""
+    return x if x.dtype == HALF else x.to(HALF)
+
+
 def commit(D, C, c, p, UP):
     """D, C: (B, T, d), any precision; c: (B, T, 1) float32; p = V_P D: (B, T, r), UP: (d, r), bfloat16. Returns the new C."""
-    # copy=True: what is converted to its own precision has no gradient under torch.compile, PyTorch 2.11
+    # copy=True: see half()
     return (C + c * D + (c * p).to(HALF) @ UP.T).to(C.dtype, copy=True)
 
 
@@ -318,9 +323,8 @@ class Read(torch.autograd.Function):
         D, C, c, p, UP, scale, gain, wc = ctx.saved_tensors
         gD, gC, gc, sums = gradient_read(*(g.contiguous() for g in (gu, gs, gD, gC)), D, C, c, scale, gain, wc, ctx.eps)
         with torch.autocast(D.device.type, enabled=False):
-            half = gC.to(HALF)
-            z = half @ UP
-            gUP = half.flatten(0, 1).T @ (c * p).to(HALF).flatten(0, 1)
+            z = half(gC) @ UP
+            gUP = half(gC).flatten(0, 1).T @ (c * p).to(HALF).flatten(0, 1)
         return gD, gC, gc + (z * p).sum(-1, keepdim=True, dtype=torch.float32), (c * z).to(p.dtype), gUP, *sums.sum(0), None
 
 
@@ -331,13 +335,13 @@ class Deliberate(torch.autograd.Function):
     def forward(ctx, D, y, a, U, be, bw, VP):
         with torch.autocast(D.device.type, enabled=False):
             ak = a.chunk(3, 1)[2].float()
-            projected = D.to(HALF) @ U[2]
+            projected = half(D) @ U[2]
             Ga = ak @ (U[2].float().T @ U[2].float())           # float32: a quadratic form in bfloat16 loses what is small
             length = (ak * Ga).sum(1).clamp_min(1e-24).sqrt()
             f = (ak * projected).sum(1) / length.square()
             D2 = deliberate(D, y, a, f, U, be, bw)
             ctx.save_for_backward(D, y, a, U, be, bw, VP, projected, Ga.to(HALF), length, f, D2)
-            return D2, D2.to(HALF) @ VP.T
+            return D2, half(D2) @ VP.T
 
     @staticmethod
     def backward(ctx, g, gp):
@@ -347,7 +351,7 @@ class Deliberate(torch.autograd.Function):
         ga, h, last = gradient_a(g, y, a, f, U, be, bw, projected, Ga, length)
         gy, gD, gU, gb = gradient_U(g, y, D, a, f, h, last, U, be, bw)
         with torch.autocast(D.device.type, enabled=False):
-            return gD, gy, ga, gU.sum(0).to(U.dtype), *gb.sum(0), gp.T @ D2.to(HALF)
+            return gD, gy, ga, gU.sum(0).to(U.dtype), *gb.sum(0), gp.T @ half(D2)
 
 
 def filled(rank):

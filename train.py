@@ -278,8 +278,8 @@ class Run:
     def compile_parts(self):
         """Compiles the step's model in parts, each kind of sublayer once: unrolled, 2 · n_layer of them take minutes. The measured model stays as it is."""
         how = {'fullgraph': True, 'dynamic': False, 'options': {'triton.cudagraphs': True} if self.graphs else None}
-        torch._dynamo.config.recompile_limit = 4 * len(self.model.sublayers)  # an operator may be another in every sublayer
-        torch._dynamo.config.optimize_ddp = False                             # it would cut the parts up; their gradients come one part after another as it is
+        torch._dynamo.config.recompile_limit = max(64, 4 * len(self.model.sublayers))  # an operator may be another in every sublayer
+        torch._dynamo.config.optimize_ddp = False  # it would cut the parts up; their gradients come one part after another as it is
         self.step_model = twin(self.step_model)
         for sublayer in self.step_model.sublayers:
             sublayer.compile(**how)
