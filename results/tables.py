@@ -60,18 +60,20 @@ def predictions():
 CHANGES = {'the four largest entries of each sequence, zeroed': ('stream', 'top', 'zero', 'once'), 'the four largest at the start token, zeroed': ('stream', 'start', 'zero', 'once'),
            'the four largest dimensions everywhere, zeroed': ('stream', 'dims', 'zero', 'once'), 'the same at their means for each position': ('stream', 'dims', 'mean', 'once'),
            'these dimensions kept from what sublayers read': ('reads', 'dims', 'zero', 'every'), 'these dimensions kept from the head alone': ('decoder', 'dims', 'zero', '')}
-EDITED = {'160m baseline, h': ('pysource_160m_lr6e-4/baseline_160m_1337', 'h'), 'longer demo, baseline, h': ('demo_long/baseline_demo_1337', 'h'),
+EDITED = {'160m baseline, h': ('pysource_160m_lr6e-4/baseline_160m_1337', 'h'), '160m ledger, D': ('pysource_160m_lr6e-4/ledger_160m_1337', 'D'),
+          '160m ledger, C': ('pysource_160m_lr6e-4/ledger_160m_1337', 'C'), 'longer demo, baseline, h': ('demo_long/baseline_demo_1337', 'h'),
           'longer demo, ledger, D': ('demo_long/ledger_demo_1337', 'D'), 'longer demo, ledger, C': ('demo_long/ledger_demo_1337', 'C')}
 
 
-def interventions():
+def interventions(names, changes):
     """Ratios of perplexities after to before, with 95% intervals; after the semicolon, of the control `moved`, the very change made in other dimensions of the same tokens."""
     found = {}
-    for name, (run, stream) in EDITED.items():
+    for name in names:
+        run, stream = EDITED[name]
         results = [r for r in json.loads((RESULTS / run / 'intervene.json').read_text())['results'] if r['stream'] == stream]
         found[f"{name} after {results[0]['sublayer']}"] = {tuple(r[key] for key in ('where', 'what', 'how', 'reach')): r for r in results}
     lines = ['| changed | ' + ' | '.join(found) + ' |', '|---|' + '---|' * len(found)]
-    for words, key in CHANGES.items():
+    for words, key in changes.items():
         cells = ['–' if key not in of else '{value:.3f} [{low:.3f}, {high:.3f}]'.format(**of[key]['edit']['ratio']) + f"; {of[key]['controls']['moved']['ratio']['value']:.3f}"
                  for of in found.values()]
         lines.append(f'| {words} | ' + ' | '.join(cells) + ' |')
@@ -95,6 +97,21 @@ def probes():
     return '\n'.join([*lines, '| | chance | ' + ' | '.join(cells) + ' |'])
 
 
+SCALING = ('bench_290m_32.json', 'two_gpus_290m.json')
+
+
+def scaling():
+    """290m, 32 sequences a GPU: tokens/s over all GPUs, efficiency against one, and the share of a step spent waiting for gradients."""
+    one, two = (json.loads((RESULTS / 'h100' / name).read_text()) for name in SCALING)
+    lines = ['| arm | GPUs | thousand tokens/s | efficiency | waiting for gradients | ledger ÷ baseline |', '|---|---|---|---|---|---|']
+    for report in (one, two):
+        for arm, line in report['arms'].items():
+            n = report['processes']
+            lines.append(f"| {arm}_290m | {n} | {line['tokens_per_s'] / 1000:.0f} | {line['tokens_per_s'] / n / one['arms'][arm]['tokens_per_s']:.2f} | "
+                         f"{'–' if n == 1 else format(line['waiting_for_gradients'], '.1%')} | {line['ratio']:.2f} |")
+    return '\n'.join(lines)
+
+
 def sentences():
     """Returns {what: text} of the numbers that the README says in words."""
     fitted = {name: json.loads((RESULTS / 'emergence' / name / 'emergence.json').read_text()) for name in ('sweep', '160m')}
@@ -104,25 +121,30 @@ def sentences():
         return ' and '.join(f"{line['r2']:.3f}" for line in some) if name == '160m' else f"{sum(line['r2'] * line['fitted'] for line in some) / sum(line['fitted'] for line in some):.3f}"
     predicted = {key: f"{line['r2_architectures_out']:.2f}" for key, line in fitted['sweep']['prediction'].items()}
     five = sorted((predicted[key] for key in ('A', 'lambda', 'gamma', 't0', 'K')), key=float)
-    place = json.loads((RESULTS / EDITED['160m baseline, h'][0] / 'probe.json').read_text())['streams']['h'][0]['tasks']['position']['linear']
+    told = {}
+    for name, (run, stream) in list(EDITED.items())[:3]:
+        place = json.loads((RESULTS / run / 'probe.json').read_text())['streams'][stream][0]
+        told[f"{stream} after {place['sublayer']}"] = [f"{100 * place['tasks']['position']['linear'][part]['balanced']['value']:.0f}" for part in ('start', 'random', 'all')]
     looked = [json.loads(path.read_text()) for path in sorted((RESULTS / 'emergence/onset').glob('*.json'))]
     found = [(with_class['p'], s['stream'], kind) for report in looked for s in report['streams'] for kind, with_class in s['with'].items() if with_class['p'] is not None]
     least, stream, kind = min(found)
+    one, two = ({arm: line['tokens_per_s'] for arm, line in json.loads((RESULTS / 'h100' / name).read_text())['arms'].items()} for name in SCALING)
     judged = verdicts.judge(verdicts.read_runs(RESULTS / 'demo_long'))
     return {'verdicts': '; '.join(f"{text}: {word.split(';')[0]}{')' * (';' in word and ')' not in word.split(';')[0])}" for text, word, _ in judged.values()),
             'onset': f'of {len(found)} rank correlations between the growth of a ratio and the share of a class of tokens in the fall of the loss, the smallest p is {least:.3f} ({stream}, {kind})',
             'fits': 'mean R² of the sweep: ' + ', '.join(f"{stream} {r2('sweep', stream)}" for stream in 'hDC') + '; of the 160M runs: '
                     + ', '.join(f"{stream} {r2('160m', stream)}" for stream in 'hDC'),
+            'scaling': f"two H100s take {two['baseline'] / one['baseline']:.2f} (baseline) and {two['ledger'] / one['ledger']:.2f} times (ledger) the tokens/s of one, with 32 sequences each",
             'predictions': f"R² {predicted['final']} for the ratio at the end, mostly arm and depth; {predicted['half_step']} for the step of half height; {five[0]} to {five[-1]} for the five parameters",
-            'probes': ', '.join(f"{100 * place[told]['balanced']['value']:.0f}% {words}" for told, words in
-                                (('start', 'from the four largest at the start token'), ('random', 'from four random ones'), ('all', 'from the whole stream')))}
+            'probes': '; '.join(f"{name} {', '.join(values)}%" for name, values in told.items())}
 
 
 def tables():
     """Returns {what: Markdown} of every table."""
     folders = sorted({path.parent.parent for path in RESULTS.glob('*/*/measure.json')})
     return {**{folder.name: table(folder) for folder in folders}, 'verdicts, demo_long': verdicts.verdict_table(verdicts.read_runs(RESULTS / 'demo_long')),
-            'fits': fits(), 'predictions': predictions(), 'interventions': interventions(), 'probes': probes()}
+            'fits': fits(), 'predictions': predictions(), 'interventions': interventions([*list(EDITED)[:3], 'longer demo, ledger, C'], {words: key for words, key in CHANGES.items() if key[0] != 'reads'}),
+            'interventions, all': interventions(EDITED, CHANGES), 'probes': probes(), 'scaling': scaling()}
 
 
 if __name__ == '__main__':
