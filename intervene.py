@@ -635,9 +635,9 @@ def draw_sweep(axis, stream, sweep):
 
 
 def draw_classes(name, before, figured, path):
-    """What the shown interventions, and the same changes in other dimensions, do to the loss of every class of predicted tokens."""
-    classes = before['class']
-    with figure(path, f'{name}: change of loss by class of the predicted token\nbars: 95% intervals over sequences', 1, len(figured), (5.6, 2 + 0.4 * len(classes))) as axes:
+    """What the shown interventions, and the same changes in other dimensions, do to the loss of every class of predicted tokens but the rarest."""
+    classes = {key: line for key, line in before['class'].items() if line['share'] >= 0.001}
+    with figure(path, f'{name}\nchange of loss by class of the predicted token\nbars: 95% intervals over sequences', 1, len(figured), (5.6, 2.3 + 0.4 * len(classes))) as axes:
         for axis, results in zip(axes, map(shown, figured.values())):
             for i, result in enumerate(results):
                 for j, of in enumerate(pair({**result['controls'], 'edit': result['edit']})):
