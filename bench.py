@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from data.loader import Tokens, atomic_write
-from measure import REPLICATES, Statistics, collect
+from measure import REPLICATES, TOKENS_AT_ONCE, Statistics, collect
 from model import UserError
 from train import Run, read_config
 
@@ -161,14 +161,15 @@ def bench_measure(args):
     for arm in args.arms:
         run = start_run(args, f'{arm}/compile=False/dtype=float32')
         model, tokens, starts, cuda = run.model.eval(), run.tokens['val'], run.tokens['val'].fixed_starts(2 * args.sequences), run.world.device != 'cpu'
+        batch = max(1, TOKENS_AT_ONCE['cuda' if cuda else 'cpu'] // run.config.block_size)
 
         def measure(count=args.sequences):
-            collect(model, tokens, starts[:count], 8, Statistics(5, REPLICATES), extras=True)
+            collect(model, tokens, starts[:count], batch, Statistics(5, REPLICATES), extras=True)
 
         @torch.no_grad()
         def forward():
-            for i in range(0, args.sequences, 8):
-                model(tokens.windows(starts[i:i + 8])[0].to(run.world.device)).sum().item()
+            for i in range(0, args.sequences, batch):
+                model(tokens.windows(starts[i:min(i + batch, args.sequences)])[0].to(run.world.device)).sum().item()
 
         memory = []
         for count in (args.sequences, 2 * args.sequences) if cuda else ():

@@ -29,6 +29,7 @@ from data.loader import Tokens, atomic_write, dataset_folder, encoding, philox, 
 from model import RESIDUALS, UserError, build_model, load_checkpoint
 
 REPLICATES = 200      # of the bootstrap
+TOKENS_AT_ONCE = {'cuda': 32768, 'cpu': 4096}  # put through the model together
 SINK_THRESHOLD = 0.3  # a head whose queries give position 0 more than this on average is a sink. Gu et al. 2025, §3
 
 HEADLINES = {  # key → name in tables and figures. Each is a quantity of one sublayer, but for the two persistences.
@@ -84,15 +85,13 @@ def row_median(flat):
 
 def bisected_median(flat):
     """flat: (B, n) float32, non-negative. Returns (B, 1): the lower middle value of each row, exactly. Non-negative floats sort as
-    their bits do, so 31 halvings of the range of bits find it, each a count over all rows at once: a GPU selects one row at a time."""
+    their bits do, so it is found bit by bit, each by a count over all rows at once: a GPU selects one row at a time."""
     n, bits = flat.shape[1], flat.view(torch.int32)
-    low = torch.zeros_like(bits[:, :1])
-    high = torch.full_like(low, 0x7F800000)  # infinity
-    for _ in range(31):
-        middle = low + (high - low) // 2
-        enough = (bits <= middle).sum(1, keepdim=True) > (n - 1) // 2
-        low, high = torch.where(enough, low, middle + 1), torch.where(enough, middle, high)
-    return low.view(torch.float32)
+    found = torch.zeros_like(bits[:, :1])
+    for bit in range(30, -1, -1):
+        higher = found + 2**bit
+        found = torch.where((bits < higher).sum(1, keepdim=True, dtype=torch.int32) > (n - 1) // 2, found, higher)
+    return found.view(torch.float32)
 
 
 def sequence_statistics(x, k):
@@ -244,8 +243,8 @@ def collect(model, tokens, starts, batch_size, statistics, extras=False, progres
             statistics.begin(len(idx), device)
             logits = model(idx)
             if extras:
-                loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction='none')
-                statistics.add('loss', loss.view_as(targets).mean(1, dtype=torch.float64))
+                losses = [F.cross_entropy(*pair, reduction='none').mean(dtype=torch.float64) for pair in zip(logits, targets)]  # one by one: it makes a copy of the logits
+                statistics.add('loss', torch.stack(losses))
             progress(i + len(idx))
     return statistics
 
@@ -277,7 +276,7 @@ def measure(checkpoint, path, tokens, args):
     """Measures one checkpoint on `tokens`. Returns what measure.json holds, and {stream: (T, d)}: mean magnitudes at the stream's peak."""
     model = build_model(checkpoint, path, bf16_streams=False).to(args.device)
     starts = tokens.fixed_starts(args.sequences, args.seed)
-    batch_size = max(1, (16384 if args.device == 'cuda' else 4096) // tokens.block_size)
+    batch_size = max(1, TOKENS_AT_ONCE[args.device] // tokens.block_size)
 
     def progress(done):
         if sys.stderr.isatty():

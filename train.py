@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from data.loader import Tokens, atomic_write, dataset_folder, read_meta
-from measure import Statistics, collect, read_log, training_record
+from measure import TOKENS_AT_ONCE, Statistics, collect, read_log, training_record
 from model import GPT, GPTConfig, DamagedCheckpoint, RESIDUALS, UserError, build_model, load_checkpoint, twin
 
 
@@ -367,7 +367,7 @@ class Run:
         """Returns the short measurement of every stream on the fixed windows, in the precision of training."""
         starts, statistics = self.fixed_starts['val'][:MEASURED_SEQUENCES], Statistics(topk=3)
         with self.autocast():
-            collect(self.model, self.tokens['val'], starts[self.world.rank::self.world.size], max(16, 16384 // self.config.block_size), statistics)
+            collect(self.model, self.tokens['val'], starts[self.world.rank::self.world.size], max(16, TOKENS_AT_ONCE['cuda'] // self.config.block_size), statistics)
         if self.world.size > 1:
             parts = [None] * self.world.size
             dist.all_gather_object(parts, {name: total.cpu() for name, total in statistics.sums.items()})
