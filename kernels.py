@@ -17,7 +17,7 @@ Its arithmetic is small; what costs is memory traffic: e, w, k and most gradient
 Shapes: N = B·T tokens, d = n_embd, a multiple of 16; WIDTH is d rounded up to a power of two. r is gate_rank, filled up with zeros to 64 or 128:
 the kernels then mask no ranks, and every product is of a size that tensor cores take whole.
 D, C, y, u, g: (N, d); a: (N, 3r), rows may lie apart; U: (3, d, r), in the order e, w, k; be, bw: (d,); c, f, h, last = 2 f h: (N,);
-p, projected = U_kᵀD, Ga = G a_k: (N, r); VP: (r, d), UP: (d, r). A name that begins with g is a gradient.
+p, projected = U_kᵀD, Ga = G a_k: (N, r), projected's rows may lie apart; VP: (r, d), UP: (d, r). A name that begins with g is a gradient.
 """
 from dataclasses import replace
 
@@ -37,6 +37,7 @@ GRADIENT_A = dict(ROWS=64, COLUMNS=32, STAGES=3, num_warps=4)
 GRADIENT_U = dict(ROWS=64, COLUMNS=32, LOOP=16, STAGES=2, num_warps=4)
 GRADIENT_READ = dict(ROWS=2, LOOP=32, STAGES=3)
 ADD_PRODUCT = dict(ROWS=64, COLUMNS=128, num_warps=4)
+DIRECTION = dict(ROWS=64, num_warps=4)
 
 
 @triton.jit
@@ -61,6 +62,20 @@ def load_a(a, gate: tl.constexpr, row, left, apart, r: tl.constexpr):
 
 
 @triton.jit
+def direction_kernel(a, projected, G, Ga, length, f, N, apart, apart_p, r: tl.constexpr, ROWS: tl.constexpr):
+    """Ga, ‖v‖ and f."""
+    first, row, rank = tl.program_id(0).to(tl.int64) * ROWS, tl.arange(0, ROWS), tl.arange(0, r)
+    there = (row < N - first)[:, None]
+    ak = load_a(a + first * apart, 2, row, N - first, apart, r).to(tl.float32)
+    x = tl.dot(ak, tl.load(G + rank[:, None] * r + rank[None, :]), input_precision='ieee')  # a quadratic form in less loses what is small
+    tl.store(Ga + first * r + row[:, None] * r + rank[None, :], x, there)
+    norm = tl.sqrt(tl.maximum(tl.sum(ak * x, 1), 1e-24))
+    tl.store(length + first + row, norm, row < N - first)
+    x = tl.load(projected + first * apart_p + row[:, None] * apart_p + rank[None, :], there, 0.0).to(tl.float32)
+    tl.store(f + first + row, tl.sum(ak * x, 1) / (norm * norm), row < N - first)
+
+
+@triton.jit
 def deliberate_kernel(D, y, a, f, U, be, bw, D2, N, apart, d: tl.constexpr, r: tl.constexpr,
                       ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr):
     """D2 = D − e ⊙ v · f + w ⊙ y."""
@@ -79,7 +94,7 @@ def deliberate_kernel(D, y, a, f, U, be, bw, D2, N, apart, d: tl.constexpr, r: t
 
 
 @triton.jit
-def gradient_a_kernel(g, y, a, f, U, be, bw, projected, Ga, length, ga, h, last, N, apart, d: tl.constexpr, r: tl.constexpr,
+def gradient_a_kernel(g, y, a, f, U, be, bw, projected, Ga, length, ga, h, last, N, apart, apart_p, d: tl.constexpr, r: tl.constexpr,
                       ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr):
     """The gradient of a, h and 2 f h: whole rows."""
     first = tl.program_id(0).to(tl.int64) * ROWS
@@ -106,9 +121,8 @@ def gradient_a_kernel(g, y, a, f, U, be, bw, projected, Ga, length, ga, h, last,
     there, norm = (row < left)[:, None], tl.load(length + first + row, row < left, 1.0)
     h_row = tl.sum(ak.to(tl.float32) * gk, 1) / (norm * norm)
     last_row = tl.where(norm > 1e-12, 2 * f_row * h_row, 0.0)
-    at = first * r + row[:, None] * r + rank[None, :]
-    gk = f_row[:, None] * gk + h_row[:, None] * tl.load(projected + at, there, 0.0).to(tl.float32)
-    gk -= last_row[:, None] * tl.load(Ga + at, there, 0.0).to(tl.float32)
+    gk = f_row[:, None] * gk + h_row[:, None] * tl.load(projected + first * apart_p + row[:, None] * apart_p + rank[None, :], there, 0.0).to(tl.float32)
+    gk -= last_row[:, None] * tl.load(Ga + first * r + row[:, None] * r + rank[None, :], there, 0.0).to(tl.float32)
     at = first * (3 * r) + row[:, None] * (3 * r) + rank[None, :]
     tl.store(ga + at, ge, there)
     tl.store(ga + at + r, gw, there)
@@ -207,13 +221,29 @@ def groups(tile, N):
     return triton.cdiv(N, tile['ROWS'] * tile.get('LOOP', 1))
 
 
-def launch(kernel, tile, tensors, y, a, U):
+def launch(kernel, tile, tensors, y, a, U, *more):
     (N, d), r = y.shape, U.shape[2]
     grid = (triton.cdiv(d, tile['COLUMNS']), groups(tile, N)) if 'LOOP' in tile else (groups(tile, N),)
-    kernel[grid](*tensors, N, a.stride(0), d, r, **tile)
+    kernel[grid](*tensors, N, a.stride(0), *more, d, r, **tile)
 
 
 # To the compiler each launch is one opaque operation: what it returns, what it does, and what it returns once more for tracing.
+
+def empty_direction(a, G):
+    return a.new_empty(len(a), len(G)), G.new_empty(len(a)), G.new_empty(len(a))
+
+
+@torch.library.custom_op('ledger::direction', mutates_args=())
+def direction(a: torch.Tensor, projected: torch.Tensor, G: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    outputs = empty_direction(a, G)
+    direction_kernel[(groups(DIRECTION, len(a)),)](a, projected, G, *outputs, len(a), a.stride(0), projected.stride(0), len(G), **DIRECTION)
+    return outputs
+
+
+@direction.register_fake
+def _(a, projected, G):
+    return empty_direction(a, G)
+
 
 @torch.library.custom_op('ledger::deliberate', mutates_args=())
 def deliberate(D: torch.Tensor, y: torch.Tensor, a: torch.Tensor, f: torch.Tensor, U: torch.Tensor, be: torch.Tensor, bw: torch.Tensor) -> torch.Tensor:
@@ -235,7 +265,7 @@ def empty_gradients_a(a, f):
 def gradient_a(g: torch.Tensor, y: torch.Tensor, a: torch.Tensor, f: torch.Tensor, U: torch.Tensor, be: torch.Tensor, bw: torch.Tensor,
                projected: torch.Tensor, Ga: torch.Tensor, length: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     outputs = empty_gradients_a(a, f)
-    launch(gradient_a_kernel, GRADIENT_A, (g, y, a, f, U, be, bw, projected, Ga, length, *outputs), y, a, U)
+    launch(gradient_a_kernel, GRADIENT_A, (g, y, a, f, U, be, bw, projected, Ga, length, *outputs), y, a, U, projected.stride(0))
     return outputs
 
 
@@ -283,8 +313,8 @@ def _(gu, gs, gD, gC, D, C, c, scale, gain, wc, eps):
 
 @torch.library.custom_op('ledger::add_product', mutates_args=())
 def add_product(g: torch.Tensor, gp: torch.Tensor, VP: torch.Tensor) -> torch.Tensor:
-    (N, d), g2 = g.shape, torch.empty_like(g)
-    add_product_kernel[triton.cdiv(d, ADD_PRODUCT['COLUMNS']), triton.cdiv(N, ADD_PRODUCT['ROWS'])](g, gp, VP, g2, N, d, len(VP), **ADD_PRODUCT)
+    g2, (N, r), d = torch.empty_like(g), gp.shape, VP.shape[1]
+    add_product_kernel[triton.cdiv(d, ADD_PRODUCT['COLUMNS']), groups(ADD_PRODUCT, N)](g, gp, VP, g2, N, d, r, **ADD_PRODUCT)
     return g2
 
 
@@ -305,53 +335,50 @@ def commit(D, C, c, p, UP):
 
 
 class Read(torch.autograd.Function):
-    """The commit before, then the read. Of commit: D, C, c, p, UP; scale = λ, gain, wc = w_c: (d,) float32.
-    Returns u in bfloat16, uᵀw_c (B, T, 1) float32, D, and the new C."""
+    """The commit before, then the read. Of the commit: D, C: (B, T, d), any precision; c: (B, T, 1) float32; VP: (r, d), UP: (d, r), bfloat16.
+    Uk: (d, r) bfloat16; scale = λ, gain, wc = w_c: (d,) float32.
+    Returns u in bfloat16; uᵀw_c, (B, T, 1) float32; D; the new C; and U_kᵀD, (B, T, r), whose gradient is Deliberate's affair."""
 
     @staticmethod
-    def forward(ctx, D, C, c, p, UP, scale, gain, wc, eps):
+    def forward(ctx, D, C, c, VP, UP, Uk, scale, gain, wc, eps):
         with torch.autocast(D.device.type, enabled=False):
+            p, projected = (half(D) @ torch.cat([VP.T, Uk], 1)).chunk(2, -1)
             C = commit(D, C, c, p, UP)
-        ctx.save_for_backward(D, C, c, p, UP, scale, gain, wc)
+        ctx.save_for_backward(D, C, c, p, VP, UP, scale, gain, wc)
         ctx.eps = eps
+        ctx.mark_non_differentiable(projected)
         x = D + scale * C
         u = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain
-        return u.to(HALF, copy=True), (u * wc).sum(-1, keepdim=True), D.view_as(D), C
+        return u.to(HALF, copy=True), (u * wc).sum(-1, keepdim=True), D.view_as(D), C, projected
 
     @staticmethod
-    def backward(ctx, gu, gs, gD, gC):
-        D, C, c, p, UP, scale, gain, wc = ctx.saved_tensors
+    def backward(ctx, gu, gs, gD, gC, _):
+        D, C, c, p, VP, UP, scale, gain, wc = ctx.saved_tensors
         gD, gC, gc, sums = gradient_read(*(g.contiguous() for g in (gu, gs, gD, gC)), D, C, c, scale, gain, wc, ctx.eps)
         with torch.autocast(D.device.type, enabled=False):
             z = half(gC) @ UP
-            gUP = half(gC).flatten(0, 1).T @ (c * p).to(HALF).flatten(0, 1)
-        return gD, gC, gc + (z * p).sum(-1, keepdim=True, dtype=torch.float32), (c * z).to(p.dtype), gUP, *sums.sum(0), None
+            gp, cp, tokens = (c * z).to(HALF).flatten(0, 1), (c * p).to(HALF).flatten(0, 1), half(D).flatten(0, 1)
+            gVP, gUP = gp.T @ tokens, half(gC).flatten(0, 1).T @ cp
+        return add_product(gD, gp, VP), gC, gc + (z * p).sum(-1, keepdim=True, dtype=torch.float32), gVP, gUP, None, *sums.sum(0), None
 
 
 class Deliberate(torch.autograd.Function):
-    """D: (N, d), any precision; y: (N, d), a: (N, 3r), U: (3, d, r), VP: (r, d), bfloat16; be, bw: (d,) float32. Returns the new D and p = V_P D, (N, r)."""
+    """D: (N, d), any precision; y: (N, d), a: (N, 3r), projected: (N, r), U: (3, d, r), bfloat16; be, bw: (d,) float32. Returns the new D."""
 
     @staticmethod
-    def forward(ctx, D, y, a, U, be, bw, VP):
+    def forward(ctx, D, y, a, projected, U, be, bw):
         with torch.autocast(D.device.type, enabled=False):
-            ak = a.chunk(3, 1)[2].float()
-            projected = half(D) @ U[2]
-            Ga = ak @ (U[2].float().T @ U[2].float())           # float32: a quadratic form in bfloat16 loses what is small
-            length = (ak * Ga).sum(1).clamp_min(1e-24).sqrt()
-            f = (ak * projected).sum(1) / length.square()
-            D2 = deliberate(D, y, a, f, U, be, bw)
-            ctx.save_for_backward(D, y, a, U, be, bw, VP, projected, Ga.to(HALF), length, f, D2)
-            return D2, half(D2) @ VP.T
+            Ga, length, f = direction(a, projected, U[2].float().T @ U[2].float())
+        ctx.save_for_backward(D, y, a, projected, U, be, bw, Ga, length, f)
+        return deliberate(D, y, a, f, U, be, bw)
 
     @staticmethod
-    def backward(ctx, g, gp):
-        D, y, a, U, be, bw, VP, projected, Ga, length, f, D2 = ctx.saved_tensors
-        gp = gp.contiguous()
-        g = add_product(g.contiguous(), gp, VP)
+    def backward(ctx, g):
+        D, y, a, projected, U, be, bw, Ga, length, f = ctx.saved_tensors
+        g = g.contiguous()
         ga, h, last = gradient_a(g, y, a, f, U, be, bw, projected, Ga, length)
         gy, gD, gU, gb = gradient_U(g, y, D, a, f, h, last, U, be, bw)
-        with torch.autocast(D.device.type, enabled=False):
-            return gD, gy, ga, gU.sum(0).to(U.dtype), *gb.sum(0), gp.T @ half(D2)
+        return gD, gy, ga, None, gU.sum(0).to(U.dtype), *gb.sum(0)
 
 
 def filled(rank):
@@ -359,24 +386,24 @@ def filled(rank):
 
 
 class FastSublayer(Sublayer):
-    """A ledger's sublayer that runs through the kernels. It returns the C of the sublayer before, and beside the streams what is still to be committed: c, p, UP."""
+    """A ledger's sublayer that runs through the kernels. It returns the C of the sublayer before, and beside the streams what is still to be committed: c, VP, UP."""
 
     def forward(self, streams):
         r, function = self.residual, self.function
-        u, s, D, C = Read.apply(*streams.values(), r.read_scale, self.norm.weight, r.commit_weight, self.norm.eps)
-        more = filled(len(r.commit_map.V.weight)) - len(r.commit_map.V.weight)
         gates = r.erase_gate, r.write_gate, r.erase_direction
+        more = filled(len(r.commit_map.V.weight)) - len(r.commit_map.V.weight)
+        U = torch.stack([F.pad(gate.U.weight, (0, more)).to(HALF) for gate in gates])
+        u, s, D, C, projected = Read.apply(*streams.values(), U[2].detach(), r.read_scale, self.norm.weight, r.commit_weight, self.norm.eps)
         inputs, parts = (function.qkv, 3) if self.kind == 'attn' else (function.fc, 1)
         W = torch.cat([part.to(HALF) for part in (inputs.weight, *(F.pad(gate.V.weight, (0, 0, 0, more)) for gate in gates))])
         n = len(inputs.weight)
         *x, a = F.linear(u, W, None if inputs.bias is None else F.pad(inputs.bias, (0, len(W) - n))).split([n // parts] * parts + [len(W) - n], -1)
         W, b = function.proj.weight, function.proj.bias
         y = F.linear(function.inner(*x), W + r.write_map(W.T).T, None if b is None else b + r.write_map(b))
-        U = torch.stack([F.pad(gate.U.weight, (0, more)).to(HALF) for gate in gates])
-        VP, UP = F.pad(r.commit_map.V.weight, (0, 0, 0, more)).to(HALF), F.pad(r.commit_map.U.weight, (0, more)).to(HALF)
-        D, p = (x.view(*D.shape[:2], -1) for x in Deliberate.apply(*(x.flatten(0, 1) for x in (D, y, a)), U, r.erase_gate.U.bias, r.write_gate.U.bias, VP))
+        D = Deliberate.apply(*(x.flatten(0, 1) for x in (D, y, a, projected)), U, r.erase_gate.U.bias, r.write_gate.U.bias).view(D.shape)
         c = torch.sigmoid(s + r.commit_bias)
-        return {'D': D, 'C': C, 'c': c, 'p': p, 'UP': UP}, c
+        VP, UP = F.pad(r.commit_map.V.weight, (0, 0, 0, more)).to(HALF), F.pad(r.commit_map.U.weight, (0, more)).to(HALF)
+        return {'D': D, 'C': C, 'c': c, 'VP': VP, 'UP': UP}, c
 
 
 class FastGPT(GPT):
@@ -384,13 +411,13 @@ class FastGPT(GPT):
 
     def start(self, idx):
         D, C = super().start(idx).values()
-        r = filled(self.config.gate_rank)
+        r, d = filled(self.config.gate_rank), D.shape[-1]
         # the first read finds an empty commit, so that all sublayers are the same to the compiler
-        return {'D': D, 'C': C, 'c': D.new_zeros(*idx.shape, 1, dtype=torch.float32), 'p': D.new_zeros(*idx.shape, r, dtype=HALF),
-                'UP': D.new_zeros(D.shape[-1], r, dtype=HALF)}
+        return {'D': D, 'C': C, 'c': D.new_zeros(*idx.shape, 1, dtype=torch.float32), 'VP': D.new_zeros(r, d, dtype=HALF), 'UP': D.new_zeros(d, r, dtype=HALF)}
 
     def decode(self, streams):
-        return super().decode({'D': streams['D'], 'C': commit(*streams.values())})
+        D, C, c, VP, UP = streams.values()
+        return super().decode({'D': D, 'C': commit(D, C, c, F.linear(half(D), VP), UP)})
 
 
 def as_fast(model):
