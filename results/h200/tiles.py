@@ -1,17 +1,20 @@
 """
-How long one sublayer's share of each kernel of kernels.py takes on this GPU, by tile: what DELIBERATE, GRADIENT_A, GRADIENT_U and
-GRADIENT_READ are chosen by.
+How long one sublayer's share of each kernel of kernels.py takes on this GPU, by tile: what DELIBERATE, GRADIENT_A and so on are chosen by.
 
     python results/h200/tiles.py --out=results/h200/tiles.json                 64 × 1024 tokens of the 160m models, bfloat16 streams
     python results/h200/tiles.py --width=1024 --streams=float32                290m, float32 streams
 
 Every tile computes the same random problem; what it finds must agree with the tile that kernels.py names. Times are medians of
-repeated launches on a warm device; GB/s counts the tensors as large as D alone, each once. A tile that the GPU cannot hold says so.
+repeated launches on a warm device; GB/s counts the tensors as large as D alone, each once. A tile that the GPU cannot hold says so; one
+that breaks the process, as an illegal access does, takes nothing with it.
 """
 import argparse
 import json
+import multiprocessing
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -24,14 +27,15 @@ from data.loader import atomic_write
 
 TILES = {
     'DELIBERATE': [dict(ROWS=64, COLUMNS=c, LOOP=n, STAGES=s, num_warps=w)
-                   for c, w, s in ((64, 4, 2), (32, 4, 2), (32, 4, 3), (128, 8, 2), (64, 8, 2), (64, 4, 1), (32, 4, 1)) for n in (8, 16)],
-    'GRADIENT_A': [dict(ROWS=rows, COLUMNS=c, STAGES=s, num_warps=w)
-                   for s in (2, 1, 3) for rows, c, w in ((64, 64, 4), (64, 32, 4), (128, 32, 8), (128, 64, 8))],
+                   for c, w, s in ((64, 8, 2), (64, 8, 3), (64, 4, 2), (32, 4, 3), (128, 8, 2)) for n in (8, 16)],
+    'GRADIENT_A': [dict(ROWS=rows, COLUMNS=c, STAGES=s, num_warps=w) for s in (2, 3) for rows, c, w in ((64, 64, 4), (64, 32, 4), (64, 64, 8), (128, 32, 8), (128, 64, 8))],
     'GRADIENT_U': [dict(ROWS=rows, COLUMNS=c, LOOP=n, STAGES=s, num_warps=w)
-                   for rows, c, w in ((64, 32, 4), (128, 32, 8), (64, 64, 4), (128, 64, 8)) for s in (1, 2) for n in (8, 16)],
-    'GRADIENT_READ': [dict(ROWS=rows, LOOP=n, STAGES=s) for rows, n in ((1, 64), (1, 128), (2, 32), (4, 16)) for s in (1, 2, 3, 4)],
+                   for rows, c, w in ((64, 32, 4), (64, 64, 8), (64, 64, 4), (128, 32, 8), (128, 64, 8), (32, 64, 4), (64, 128, 8)) for s in (1, 2, 3) for n in (8, 16, 32)],
+    'GRADIENT_READ': [dict(ROWS=rows, LOOP=n, STAGES=s) for rows, n in ((1, 64), (1, 32), (2, 32), (2, 16), (4, 16)) for s in (2, 3)],
+    'ADD_PRODUCT': [dict(ROWS=rows, COLUMNS=c, num_warps=w) for rows, c, w in ((64, 128, 4), (64, 64, 4), (128, 64, 4), (128, 128, 8), (64, 256, 8))],
+    'DIRECTION': [dict(ROWS=rows, num_warps=w) for rows in (32, 64, 128) for w in (4, 8)],
 }
-LARGE = {'DELIBERATE': 3, 'GRADIENT_A': 2, 'GRADIENT_U': 5, 'GRADIENT_READ': 7}  # tensors as large as D, read or written
+LARGE = {'DELIBERATE': 3, 'GRADIENT_A': 2, 'GRADIENT_U': 5, 'GRADIENT_READ': 7, 'ADD_PRODUCT': 2, 'DIRECTION': 0}  # tensors as large as D, read or written
 
 
 def problem(N, d, r, streams, device):
@@ -44,7 +48,9 @@ def problem(N, d, r, streams, device):
     return {'DELIBERATE': (kernels.deliberate, (D, y, a, f, U, be, bw)),
             'GRADIENT_A': (kernels.gradient_a, (g, y, a, f, U, be, bw, half(N, r), half(N, r), length)),
             'GRADIENT_U': (kernels.gradient_U, (g, y, D, a, f, single(N), single(N), U, be, bw)),
-            'GRADIENT_READ': (kernels.gradient_read, (half(N, d), single(N), g, stream(N, d), D, stream(N, d), single(d), single(d), single(d), 1e-6))}
+            'GRADIENT_READ': (kernels.gradient_read, (half(N, d), single(N), g, stream(N, d), D, stream(N, d), single(N), single(d), single(d), single(d), 1e-6)),
+            'ADD_PRODUCT': (kernels.add_product, (g, half(N, r), half(r, d) * r**-0.5)),
+            'DIRECTION': (kernels.direction, (a, half(N, 2 * r)[:, r:], U[2].float().T @ U[2].float()))}
 
 
 def summed(outputs):
@@ -61,6 +67,32 @@ def ms(call, device):
     return 1e3 * (time.perf_counter() - begin)
 
 
+@cache
+def call_and_result(name, *sizes):
+    """Returns the operation and its inputs, and what it finds with the tile that kernels.py names."""
+    N, d, r, streams, device = sizes
+    operation, inputs = problem(N, d, r, getattr(torch, streams), device)[name]
+    return operation, inputs, summed(operation(*inputs))
+
+
+def timed(name, candidate, *sizes):
+    """Returns what the report says of one tile. Run in a process of its own."""
+    tile = getattr(kernels, name)
+    operation, inputs, expected = call_and_result(name, *sizes)
+    named, entry = dict(tile), {'tile': candidate, 'named': candidate == tile}
+    tile.clear()
+    tile.update(candidate)
+    try:
+        entry['error'] = max(((x - y).norm() / y.norm()).item() for x, y in zip(summed(operation(*inputs)), expected))
+        entry['ms'] = round(ms(lambda: operation(*inputs), sizes[-1]), 4)
+        entry['GB_per_s'] = round(LARGE[name] * inputs[0].numel() * inputs[0].element_size() / entry['ms'] / 1e6)
+    except (RuntimeError, triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError) as error:
+        entry['failed'] = str(error).splitlines()[0][:120]
+    tile.clear()
+    tile.update(named)
+    return entry
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--tokens', type=int, default=65536)
@@ -70,33 +102,27 @@ def main(argv=None):
     parser.add_argument('--kernels', default=','.join(TILES), help='some of them, separated by commas')
     parser.add_argument('--out', type=Path)
     args = parser.parse_args(argv)
-    device, found = 'cuda' if torch.cuda.is_available() else 'cpu', {}
-    calls = problem(args.tokens, args.width, args.rank, getattr(torch, args.streams), device)
+    sizes = args.tokens, args.width, args.rank, args.streams, 'cuda' if torch.cuda.is_available() else 'cpu'
+    worker, found = None, {}
     for name in args.kernels.split(','):
-        operation, inputs = calls[name]
-        tile, named = getattr(kernels, name), dict(getattr(kernels, name))
-        expected, found[name] = summed(operation(*inputs)), []
+        named, found[name] = dict(getattr(kernels, name)), []
         for candidate in [named] + [t for t in TILES[name] if t != named]:
-            tile.clear()
-            tile.update(candidate)
-            entry = {'tile': candidate, 'named': candidate == named}
-            try:
-                entry['error'] = max(((x - y).norm() / y.norm()).item() for x, y in zip(summed(operation(*inputs)), expected))
-                entry['ms'] = round(ms(lambda: operation(*inputs), device), 4)
-                entry['GB_per_s'] = round(LARGE[name] * args.tokens * args.width * inputs[0].element_size() / entry['ms'] / 1e6)
-            except (RuntimeError, triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError) as error:
-                entry['failed'] = str(error).splitlines()[0][:120]
+            worker = worker or ProcessPoolExecutor(1, multiprocessing.get_context('spawn'))
+            entry = worker.submit(timed, name, candidate, *sizes).result()
+            if 'CUDA' in entry.get('failed', ''):  # nothing that follows in that process would be right
+                worker.shutdown()
+                worker = None
             found[name].append(entry)
             print(f"{name:14} {str(candidate):75} " + (f"{entry['ms']:8.3f} ms {entry['GB_per_s']:6} GB/s  differs by {entry['error']:.1e}" if 'ms' in entry else entry['failed'])
                   + ('  <- kernels.py' if entry['named'] else ''), flush=True)
-        tile.clear()
-        tile.update(named)
-        best = min((e for e in found[name] if 'ms' in e), key=lambda e: e['ms'])
-        print(f"{name:14} best: {best['tile']}, {best['ms']} ms")
-    if args.out:
-        with atomic_write(args.out, 'w') as file:
-            json.dump({'command': 'python results/h200/tiles.py ' + ' '.join(sys.argv[1:] if argv is None else argv), **machine(), 'triton': triton.__version__, 'kernels': found},
-                      file, indent=1)
+        timed_ones = [e for e in found[name] if 'ms' in e]
+        if timed_ones:
+            best = min(timed_ones, key=lambda e: e['ms'])
+            print(f"{name:14} best: {best['tile']}, {best['ms']} ms", flush=True)
+        if args.out:
+            with atomic_write(args.out, 'w') as file:
+                json.dump({'command': 'python results/h200/tiles.py ' + ' '.join(sys.argv[1:] if argv is None else argv), **machine(), 'triton': triton.__version__, 'kernels': found},
+                          file, indent=1)
 
 
 if __name__ == '__main__':
