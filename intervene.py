@@ -253,7 +253,7 @@ def evaluate(model, tokens, starts, edits, reference, batch_size, progress=lambd
                 with edited(model, edit, reference, range(i, i + len(idx))):
                     for sublayer in model.sublayers[first:]:
                         streams, _ = sublayer(streams)
-                    logits = model.head(model.norm(RESIDUALS[model.config.residual].decode(streams, model.config)))
+                    logits = model.head(model.decode(streams))
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction='none').view_as(targets)
             results[edit].append(loss.cpu().numpy())
             progress((i * len(results) + (count + 1) * len(idx)) / (len(starts) * len(results)))
