@@ -214,6 +214,8 @@ def bench(args):
         if args.what != 'loader':
             write_tokens(args.folder)
         found = what[args.what](args)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     if not found or rank:
         return
     report = {'command': shlex.join(['python', 'bench.py', *args.argv]), **found, **machine(), 'note': args.note}

@@ -22,7 +22,6 @@ p, projected = U_kᵀD, Ga = G a_k: (N, r), projected's rows may lie apart; VP: 
 from dataclasses import replace
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 import triton
 import triton.language as tl

@@ -617,6 +617,14 @@ def test_the_bench_of_the_step_lets_arms_take_turns_and_quotes_medians_against_t
     assert 'ledger/gate_rank=4' in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_the_bench_of_two_processes_has_all_arms_and_says_how_long_they_wait_for_gradients(tmp_path):
+    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', bench.__file__, '--steps=1', f'--out={tmp_path / "bench.json"}', *SMALL_BENCH],
+                   check=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    report = json.loads((tmp_path / 'bench.json').read_text())
+    assert report['processes'] == 2 and list(report['arms']) == ['baseline', 'ledger']
+    assert all(arm['waiting_for_gradients'] < 1 and arm['tokens_per_step'] == 2 * 16 for arm in report['arms'].values())
+
+
 def test_the_bench_of_the_measurement_sets_it_against_a_plain_forward_pass(tmp_path):
     bench.main(['--what=measure', '--arms=ledger', '--sequences=4', f'--out={tmp_path / "bench.json"}', *SMALL_BENCH])
     line = json.loads((tmp_path / 'bench.json').read_text())['arms']['ledger']
