@@ -20,6 +20,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
+LOGITS_AT_ONCE = 2**30  # of more, the gradients do not stand in memory whole
+
+
 class UserError(Exception):
     """A mistake that the person at the keyboard can mend: every main() prints it as one sentence, without a traceback."""
 
@@ -268,8 +271,10 @@ class GPT(nn.Module):
         """Returns the cross-entropy of the decoded streams, in nats per token."""
         # tensor cores want rows in multiples of 64: classes without weights, of a logit so low that they have no part in the loss
         x, V, more = self.decode(streams), self.config.vocab_size, -self.config.vocab_size % 64
-        logits = F.linear(x, F.pad(self.head.weight, (0, 0, 0, more)), F.pad(x.new_zeros(V), (0, more), value=-1e9))
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        W, bias = F.pad(self.head.weight, (0, 0, 0, more)), F.pad(x.new_zeros(V), (0, more), value=-1e9)
+        parts = math.ceil(targets.numel() * V / LOGITS_AT_ONCE)
+        chunks = zip(x.flatten(0, 1).chunk(parts), targets.flatten().chunk(parts))
+        return sum(F.cross_entropy(F.linear(x, W, bias), y, reduction='sum') for x, y in chunks) / targets.numel()
 
     def forward(self, idx, targets=None):
         """idx, targets: (B, T) int64, T at most block_size.

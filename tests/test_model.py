@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import model as model_py
 from model import GPT, GPTConfig, RESIDUALS, Baseline, RMSNorm, UserError
 
 SMALL = dict(block_size=8, vocab_size=13, n_layer=2, n_head=2, n_embd=12, gate_rank=5)
@@ -288,6 +289,19 @@ def test_at_the_first_backward_pass_only_what_meets_a_zero_map_or_a_zero_C_has_n
         none = {f'sublayers.{s}.residual.{name}.V.weight' for s in range(4) for name in maps} | {'sublayers.0.residual.read_scale'}
     assert {name for name, gradient in gradients.items() if not gradient.any()} == none
     assert {name for name, gradient in gradients.items() if not gradient.all()} == none
+
+
+def test_logits_in_parts_give_the_same_loss_and_gradients(monkeypatch):
+    net = shaken(n_layer=1, **ARMS['ledger'])
+    loss, gradients = loss_and_gradients(net, *batch(net.config))
+    kept = {name: gradient.clone() for name, gradient in gradients.items()}
+    net.zero_grad()
+    sizes, cross_entropy = [], model_py.F.cross_entropy
+    monkeypatch.setattr(model_py.F, 'cross_entropy', lambda logits, *more, **how: sizes.append(len(logits)) or cross_entropy(logits, *more, **how))
+    monkeypatch.setattr(model_py, 'LOGITS_AT_ONCE', net.config.vocab_size * net.config.block_size)
+    in_parts, gradients = loss_and_gradients(net, *batch(net.config))
+    assert sizes == [net.config.block_size] * 5 and abs(in_parts - loss) < 1e-12
+    assert all(distance(gradients[name], gradient) < 1e-12 for name, gradient in kept.items())
 
 
 @pytest.mark.skipif(not shutil.which(os.environ.get('CXX', 'g++')), reason='torch.compile needs a C++ compiler on the CPU')
