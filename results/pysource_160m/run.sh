@@ -97,9 +97,8 @@ add() {  # adds files to a run that is packed, each when it is whole
   archive
 }
 
-train_and_measure() {  # arm, seed
+train() {  # arm, seed
   local run=$1_${SCALE}_$2 config flags command
-  is_packed "$run" && return
   read -r config flags <<< "$(flags_of "$1")"
   command="train.py config/${config}_$SCALE.py $flags --dataset=$DATASET --seed=$2 --snapshots=$SNAPSHOTS --eval_interval=$EVERY --out_dir=$RUNS/$run $EXTRA"
   mkdir -p "$RUNS/$run"
@@ -108,10 +107,25 @@ train_and_measure() {  # arm, seed
     return 1
   fi
   echo "$command" > "$RUNS/$run/command"
-  logged "$run" "$PYTHON" $command --init_from=auto &&
-    logged "$run" "$PYTHON" measure.py --ckpt "$RUNS/$run/ckpt.pt" &&
+  logged "$run" "$PYTHON" $command --init_from=auto
+}
+
+measure_and_pack() {  # arm, seed
+  local run=$1_${SCALE}_$2
+  logged "$run" "$PYTHON" measure.py --ckpt "$RUNS/$run/ckpt.pt" &&
     logged "$run" "$PYTHON" measure.py --ckpt "$RUNS/$run/ckpt_0.pt" &&
     logged "$run" "$PYTHON" $HERE/controls.py --ckpt "$RUNS/$run/"{ckpt,ckpt_0}.pt && pack "$run"
+  touch "$CLAIMS/$1.$2/ended"
+}
+
+take() {  # arm, seed: on a GPU the next training need not wait for this one's measurements
+  if is_packed "$1_${SCALE}_$2" || ! train "$1" "$2"; then
+    touch "$CLAIMS/$1.$2/ended"
+  elif [ "$CUDA_VISIBLE_DEVICES" ]; then
+    measure_and_pack "$1" "$2" &
+  else
+    measure_and_pack "$1" "$2"
+  fi
 }
 
 look_closer() {  # arm, tool: the analyses that one seed is enough for; what one has written is kept although it failed in the end
@@ -129,7 +143,7 @@ work() {  # a GPU or "": takes what nobody has taken, and waits for the others t
   export CUDA_VISIBLE_DEVICES=$1
   local arm seed tool claim busy=1
   for seed in $SEEDS; do
-    for arm in $ARMS; do mkdir "$CLAIMS/$arm.$seed" 2> /dev/null && { train_and_measure "$arm" "$seed"; touch "$CLAIMS/$arm.$seed/ended"; }; done
+    for arm in $ARMS; do mkdir "$CLAIMS/$arm.$seed" 2> /dev/null && take "$arm" "$seed"; done
   done
   while [ $busy = 1 ]; do
     busy=0
