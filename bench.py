@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from data.loader import Tokens, atomic_write
-from measure import REPLICATES, TOKENS_AT_ONCE, Statistics, collect
+from measure import REPLICATES, Statistics, at_once, collect
 from model import UserError
 from train import Run, read_config
 
@@ -161,7 +161,7 @@ def bench_measure(args):
     for arm in args.arms:
         run = start_run(args, f'{arm}/compile=False/dtype=float32')
         model, tokens, starts, cuda = run.model.eval(), run.tokens['val'], run.tokens['val'].fixed_starts(2 * args.sequences), run.world.device != 'cpu'
-        batch = max(1, TOKENS_AT_ONCE['cuda' if cuda else 'cpu'] // run.config.block_size)
+        batch = at_once(run.world.device, run.config.block_size)
 
         def measure(count=args.sequences):
             collect(model, tokens, starts[:count], batch, Statistics(5, REPLICATES), extras=True)
@@ -169,7 +169,7 @@ def bench_measure(args):
         @torch.no_grad()
         def forward():
             for i in range(0, args.sequences, batch):
-                model(tokens.windows(starts[i:min(i + batch, args.sequences)])[0].to(run.world.device)).sum().item()
+                model(tokens.windows(starts[:args.sequences][i:i + batch])[0].to(run.world.device)).sum().item()
 
         memory = []
         for count in (args.sequences, 2 * args.sequences) if cuda else ():

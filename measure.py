@@ -29,7 +29,6 @@ from data.loader import Tokens, atomic_write, dataset_folder, encoding, philox, 
 from model import RESIDUALS, UserError, build_model, load_checkpoint
 
 REPLICATES = 200      # of the bootstrap
-TOKENS_AT_ONCE = {'cuda': 32768, 'cpu': 4096}  # put through the model together
 SINK_THRESHOLD = 0.3  # a head whose queries give position 0 more than this on average is a sink. Gu et al. 2025, §3
 
 HEADLINES = {  # key → name in tables and figures. Each is a quantity of one sublayer, but for the two persistences.
@@ -56,6 +55,11 @@ def find_checkpoints(paths):
         else:
             found.append(path)
     return found
+
+
+def at_once(device, block_size):
+    """Returns how many sequences are put through the model together: a GPU wants more than a CPU."""
+    return max(1, (32768 if str(device).startswith('cuda') else 4096) // block_size)
 
 
 def topk_first(flat, k):
@@ -276,7 +280,7 @@ def measure(checkpoint, path, tokens, args):
     """Measures one checkpoint on `tokens`. Returns what measure.json holds, and {stream: (T, d)}: mean magnitudes at the stream's peak."""
     model = build_model(checkpoint, path, bf16_streams=False).to(args.device)
     starts = tokens.fixed_starts(args.sequences, args.seed)
-    batch_size = max(1, TOKENS_AT_ONCE[args.device] // tokens.block_size)
+    batch_size = at_once(args.device, tokens.block_size)
 
     def progress(done):
         if sys.stderr.isatty():

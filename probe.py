@@ -35,7 +35,7 @@ import torch.nn.functional as F
 
 from data.classes import CLASSES, classify, language_of, structure
 from data.loader import atomic_write, encoding, philox, read_meta
-from measure import Statistics, choose_device, collect, command, figure, hooked, number, open_output, open_runs
+from measure import Statistics, at_once, choose_device, collect, command, figure, hooked, number, open_output, open_runs
 from model import RESIDUALS, UserError, build_model
 
 HIDDEN, STEPS = 32, 200  # units of the hidden layer; steps of AdamW on all training tokens at once
@@ -245,7 +245,7 @@ def probe_run(checkpoint, path, tokens, tokenizer, args):
     groups = document_groups(tokens, starts, meta['eot'])
     samples = draw_samples(groups, T, args.seeds, args.tokens)
     labels = label_windows(tokens, starts, encoding(tokenizer), language)
-    batch_size = max(1, (16384 if args.device == 'cuda' else 4096) // T)
+    batch_size = at_once(args.device, T)
     statistics = collect(model, tokens, starts, batch_size, Statistics(topk=1))
     chosen = {name: choose_sublayers(statistics, name, args.sublayer) for name in names if args.stream in (name, 'all')}
     features = gather(model, tokens, starts, batch_size, {(name, s) for name, sublayers in chosen.items() for s in sublayers})

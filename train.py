@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from data.loader import Tokens, atomic_write, dataset_folder, read_meta
-from measure import TOKENS_AT_ONCE, Statistics, collect, read_log, training_record
+from measure import Statistics, at_once, collect, read_log, training_record
 from model import GPT, GPTConfig, DamagedCheckpoint, RESIDUALS, UserError, build_model, load_checkpoint, twin
 
 
@@ -77,7 +77,7 @@ class Config:
     # the machine
     device: str = 'auto'           # cuda if there is one, else cpu
     dtype: str = 'auto'            # of autocast: bfloat16 on cuda, float32 (none) on cpu
-    compile: bool = True           # torch.compile; half a minute well spent, except for the smallest runs
+    compile: bool = True           # torch.compile; up to a minute well spent, except for the smallest runs
     cuda_graphs: bool = True       # with compile, on a GPU: launching its kernels one by one would take longer than they do
     kernels: bool = True           # kernels.py for the training step where it applies: the ledger in bfloat16 on a GPU
 
@@ -276,7 +276,7 @@ class Run:
         return fast_model or self.model
 
     def compile_parts(self):
-        """Compiles the step's model in parts, each kind of sublayer once: unrolled, 2 · n_layer of them take minutes. The measured model stays as it is."""
+        """Compiles the step's model in parts, each kind of sublayer once: unrolled, all of them take twice as long. The measured model stays as it is."""
         how = {'fullgraph': True, 'dynamic': False, 'options': {'triton.cudagraphs': True} if self.graphs else None}
         torch._dynamo.config.recompile_limit = max(64, 4 * len(self.model.sublayers))  # an operator may be another in every sublayer
         torch._dynamo.config.optimize_ddp = False  # it would cut the parts up; their gradients come one part after another as it is
@@ -367,7 +367,7 @@ class Run:
         """Returns the short measurement of every stream on the fixed windows, in the precision of training."""
         starts, statistics = self.fixed_starts['val'][:MEASURED_SEQUENCES], Statistics(topk=3)
         with self.autocast():
-            collect(self.model, self.tokens['val'], starts[self.world.rank::self.world.size], max(16, TOKENS_AT_ONCE['cuda'] // self.config.block_size), statistics)
+            collect(self.model, self.tokens['val'], starts[self.world.rank::self.world.size], at_once(self.world.device, self.config.block_size), statistics)
         if self.world.size > 1:
             parts = [None] * self.world.size
             dist.all_gather_object(parts, {name: total.cpu() for name, total in statistics.sums.items()})

@@ -27,7 +27,7 @@ RUNS = 'kernels=False;kernels=False,micro_batch=12;kernels=False,micro_batch=8;k
 def losses(config, settings, steps):
     """Returns the losses of the first steps of a run, means over all processes, and how it ran."""
     run = Run(read_config([config, *settings]))
-    found = torch.stack([run.step()[0].clone() for _ in range(steps)])
+    found = torch.stack([run.step()[0] for _ in range(steps)])
     how = {'processes': run.world.size, 'micro_batch': run.micro_batch, 'sublayer': type(run.step_model.sublayers[0]).__name__}
     return run.world.sum(found.double()).cpu() / run.world.size, how
 
@@ -39,19 +39,20 @@ def main(argv=None):
     parser.add_argument('--runs', default=RUNS, help='settings of each run with commas between, runs with semicolons between')
     parser.add_argument('--out', type=Path)
     args, settings = parser.parse_known_args(argv)
-    report, first = {'command': 'python results/h200/same_loss.py ' + ' '.join(sys.argv[1:] if argv is None else argv), 'steps': args.steps, **machine(), 'runs': {}}, None
+    rank, first = int(os.environ.get('RANK', 0)), None
+    report = {'command': 'python results/h200/same_loss.py ' + ' '.join(sys.argv[1:] if argv is None else argv), 'steps': args.steps, **machine(), 'runs': {}}
     for name in args.runs.split(';'):
         found, how = losses(args.config, settings + [f'--{setting}' for setting in name.split(',')], args.steps)
         first = found if first is None else first
         difference = (found - first).abs()
         report['runs'][name] = {**how, 'mean_difference': difference.mean().item(), 'largest_difference': difference.max().item(), 'signed_mean': (found - first).mean().item(),
                                 'last_loss': found[-1].item(), 'losses': [round(x, 6) for x in found.tolist()]}
-        if not int(os.environ.get('RANK', 0)):
+        if rank == 0:
             print(f"{name:30} {how}: last loss {found[-1]:.4f}, from the first run: mean {difference.mean():.2e}, largest {difference.max():.2e}", flush=True)
         torch._dynamo.reset()  # and with it the memory of CUDA graphs
         gc.collect()
         torch.cuda.empty_cache()
-    if args.out and not int(os.environ.get('RANK', 0)):
+    if args.out and rank == 0:
         with atomic_write(args.out, 'w') as file:
             json.dump(report, file)
 

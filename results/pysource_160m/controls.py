@@ -29,7 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, when this file is run as a script
 import measure
 from data.loader import atomic_write, dataset_folder, philox, read_meta
-from measure import REPLICATES, TOKENS_AT_ONCE, Statistics, cell, collect, headline, number, short, stream_report
+from measure import REPLICATES, Statistics, at_once, cell, collect, headline, number, short, stream_report
 from model import RESIDUALS, UserError, build_model
 
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
@@ -130,7 +130,7 @@ def commit_report(model, tokens, starts, batch_size, dominant, start, peak):
 def controls(checkpoint, path, tokens, eot, args):
     """Returns what controls.json holds for one checkpoint."""
     model = build_model(checkpoint, path, bf16_streams=False).to(args.device)
-    operator, batch_size = RESIDUALS[model.config.residual], max(1, TOKENS_AT_ONCE[args.device] // tokens.block_size)
+    operator, batch_size = RESIDUALS[model.config.residual], at_once(args.device, tokens.block_size)
     report = {'schema': 1, 'checkpoint': str(path), 'iter_num': checkpoint['iter_num'], 'model': checkpoint['model_args'],
               'data': {'name': tokens.path.parent.name, 'split': args.split, 'block_size': tokens.block_size, 'seed': args.seed}, 'windows': {}, 'streams': {}}
     kinds = window_starts(tokens, eot, args.sequences, args.seed)
