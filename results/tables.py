@@ -59,7 +59,8 @@ def predictions():
 
 CHANGES = {'the four largest entries of each sequence, zeroed': ('stream', 'top', 'zero', 'once'), 'the four largest at the start token, zeroed': ('stream', 'start', 'zero', 'once'),
            'the four largest dimensions everywhere, zeroed': ('stream', 'dims', 'zero', 'once'), 'the same at their means for each position': ('stream', 'dims', 'mean', 'once'),
-           'these dimensions kept from what sublayers read': ('reads', 'dims', 'zero', 'every'), 'these dimensions kept from the head alone': ('decoder', 'dims', 'zero', '')}
+           'these dimensions kept from what sublayers read': ('reads', 'dims', 'zero', 'every'), 'these dimensions kept from the head alone': ('decoder', 'dims', 'zero', ''),
+           'all magnitudes clipped at their 0.9 quantile': ('stream', 'all', 'clip 0.9', 'once')}
 EDITED = {'160m baseline, h': ('pysource_160m_lr6e-4/baseline_160m_1337', 'h'), '160m ledger, D': ('pysource_160m_lr6e-4/ledger_160m_1337', 'D'),
           '160m ledger, C': ('pysource_160m_lr6e-4/ledger_160m_1337', 'C'), 'longer demo, baseline, h': ('demo_long/baseline_demo_1337', 'h'),
           'longer demo, ledger, D': ('demo_long/ledger_demo_1337', 'D'), 'longer demo, ledger, C': ('demo_long/ledger_demo_1337', 'C')}
@@ -141,9 +142,10 @@ def sentences():
 
 def tables():
     """Returns {what: Markdown} of every table."""
+    short = {words: key for words, key in CHANGES.items() if key[0] != 'reads' and key[1] != 'all'}
     folders = sorted({path.parent.parent for path in RESULTS.glob('*/*/measure.json')})
     return {**{folder.name: table(folder) for folder in folders}, 'verdicts, demo_long': verdicts.verdict_table(verdicts.read_runs(RESULTS / 'demo_long')),
-            'fits': fits(), 'predictions': predictions(), 'interventions': interventions([*list(EDITED)[:3], 'longer demo, ledger, C'], {words: key for words, key in CHANGES.items() if key[0] != 'reads'}),
+            'fits': fits(), 'predictions': predictions(), 'interventions': interventions([*list(EDITED)[:3], 'longer demo, ledger, C'], short),
             'interventions, all': interventions(EDITED, CHANGES), 'probes': probes(), 'scaling': scaling()}
 
 
