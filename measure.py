@@ -81,21 +81,8 @@ def row_median(flat):
         part = np.partition(flat.numpy(), n // 2, axis=1)
         upper = part[:, n // 2]
         return torch.from_numpy(upper if n % 2 else (part[:, :n // 2].max(1) + upper) / 2)
-    lower = bisected_median(flat)
-    above = torch.where(flat > lower, flat, math.inf).amin(1, keepdim=True)
-    more = (flat <= lower).sum(1, keepdim=True) > n // 2  # the lower middle value is the upper one too
-    return (lower if n % 2 else torch.where(more, lower, (lower + above) / 2))[:, 0]
-
-
-def bisected_median(flat):
-    """flat: (B, n) float32, non-negative. Returns (B, 1): the lower middle value of each row, exactly. Non-negative floats sort as
-    their bits do, so it is found bit by bit, each by a count over all rows at once: a GPU selects one row at a time."""
-    n, bits = flat.shape[1], flat.view(torch.int32)
-    found = torch.zeros_like(bits[:, :1])
-    for bit in range(30, -1, -1):
-        higher = found + 2**bit
-        found = torch.where((bits < higher).sum(1, keepdim=True, dtype=torch.int32) > (n - 1) // 2, found, higher)
-    return found.view(torch.float32)
+    larger_half = flat.topk(n // 2 + 1, sorted=False).values  # torch.median would select with one block of threads a row
+    return larger_half.topk(2 - n % 2, largest=False).values.mean(1)
 
 
 def sequence_statistics(x, k):

@@ -23,6 +23,7 @@ import time
 import traceback
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -247,6 +248,8 @@ class Run:
         self.out = Path(config.out_dir)
         cuda = self.world.device != 'cpu'
         self.dtype = config.dtype if config.dtype != 'auto' else 'bfloat16' if cuda else 'float32'
+        if config.compile and cuda:
+            import_module('torch._inductor.async_compile')  # its worker processes come up while the model is made
         torch.manual_seed(config.seed)
         self.model = GPT(config.model_config(meta['vocab_size'])).to(self.world.device)
         self.optimizer = make_optimizer(self.model, config)
@@ -529,6 +532,7 @@ def train(config):
             run.say(console_line(run.iter_num, config, loss, commit_rate, 1000 * seconds / steps, **run.speed(steps, seconds)))
             clock, steps, trained = time.perf_counter(), 0, [trained[0] + steps, trained[1] + seconds]
     if world.size > 1:
+        run.wrapped = None  # PyTorch 2.11 aborts now and then if it outlives its group
         dist.destroy_process_group()
     if stopping and it < config.max_iters:
         number = received[0] if received else signal.SIGTERM

@@ -306,7 +306,7 @@ def test_the_last_of_the_largest_is_the_lowest_of_those_it_ties_with(k, device):
 
 
 @every_device
-@pytest.mark.parametrize('n', [1, 2, 15, 20])
+@pytest.mark.parametrize('n', [1, 2, 15, 20, 70_001])
 def test_the_median_is_that_of_numpy_for_even_and_odd_lengths(n, device):
     for rows in (np.abs(noise(50, n)).astype(np.float32), np.abs(whole_numbers(2, 50, n))):
         np.testing.assert_array_equal(row_median(torch.from_numpy(rows).to(device)).cpu(), np.median(rows, axis=1))

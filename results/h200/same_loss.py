@@ -1,11 +1,11 @@
 """
 Does training through kernels.py follow training through the plain formulas, and on several processes that on one? Runs of one seed on the same tokens, each with settings of its
-own; runs that differ in micro_batch alone add the same numbers in another order. Printed and saved: every step's loss, and the mean over steps of how far each lies from the first run's.
+own; runs that differ in micro_batch alone add the same numbers in another order. Printed and saved: every step's loss, and the mean over steps of how far apart every two runs lie.
 
     python results/h200/same_loss.py --dataset=pysource --out=results/h200/same_loss.json           200 steps of config/ledger_160m.py; any --key=value of train.py
     torchrun --nproc_per_node=2 results/h200/same_loss.py --runs=kernels=True …                     one of them on two GPUs
 
-Rule: the difference of the kernels, or of more processes, is no larger than that of runs which differ in micro_batch alone. Once two runs have parted they stay apart, so several are there.
+Rule: kernels and plain, or more processes and one, lie no further apart than runs which differ in micro_batch alone. Once two runs have parted they stay apart, so several are there.
 """
 import argparse
 import gc
@@ -39,22 +39,21 @@ def main(argv=None):
     parser.add_argument('--runs', default=RUNS, help='settings of each run with commas between, runs with semicolons between')
     parser.add_argument('--out', type=Path)
     args, settings = parser.parse_known_args(argv)
-    rank, first = int(os.environ.get('RANK', 0)), None
+    rank, all_losses = int(os.environ.get('RANK', 0)), {}
     report = {'command': 'python results/h200/same_loss.py ' + ' '.join(sys.argv[1:] if argv is None else argv), 'steps': args.steps, **machine(), 'runs': {}}
     for name in args.runs.split(';'):
         found, how = losses(args.config, settings + [f'--{setting}' for setting in name.split(',')], args.steps)
-        first = found if first is None else first
-        difference = (found - first).abs()
-        report['runs'][name] = {**how, 'mean_difference': difference.mean().item(), 'largest_difference': difference.max().item(), 'signed_mean': (found - first).mean().item(),
-                                'last_loss': found[-1].item(), 'losses': [round(x, 6) for x in found.tolist()]}
+        apart = {other: (found - x).abs().mean().item() for other, x in all_losses.items()}
+        all_losses[name] = found
+        report['runs'][name] = {**how, 'mean_difference': apart, 'last_loss': found[-1].item(), 'losses': [round(x, 6) for x in found.tolist()]}
         if rank == 0:
-            print(f"{name:30} {how}: last loss {found[-1]:.4f}, from the first run: mean {difference.mean():.2e}, largest {difference.max():.2e}", flush=True)
+            print(f'{name:45} {how}: last loss {found[-1]:.4f}, from those above: ' + ' '.join(f'{x:.2e}' for x in apart.values()), flush=True)
         torch._dynamo.reset()  # and with it the memory of CUDA graphs
         gc.collect()
         torch.cuda.empty_cache()
-    if args.out and rank == 0:
-        with atomic_write(args.out, 'w') as file:
-            json.dump(report, file)
+        if args.out and rank == 0:
+            with atomic_write(args.out, 'w') as file:
+                json.dump(report, file)
 
 
 if __name__ == '__main__':
