@@ -63,7 +63,8 @@ CHANGES = {'the four largest entries of each sequence, zeroed': ('stream', 'top'
            'all magnitudes clipped at their 0.9 quantile': ('stream', 'all', 'clip 0.9', 'once')}
 EDITED = {'160m baseline, h': ('pysource_160m_lr6e-4/baseline_160m_1337', 'h'), '160m ledger, D': ('pysource_160m_lr6e-4/ledger_160m_1337', 'D'),
           '160m ledger, C': ('pysource_160m_lr6e-4/ledger_160m_1337', 'C'), 'longer demo, baseline, h': ('demo_long/baseline_demo_1337', 'h'),
-          'longer demo, ledger, D': ('demo_long/ledger_demo_1337', 'D'), 'longer demo, ledger, C': ('demo_long/ledger_demo_1337', 'C')}
+          'longer demo, ledger, D': ('demo_long/ledger_demo_1337', 'D'), 'longer demo, ledger, C': ('demo_long/ledger_demo_1337', 'C'),
+          '160m ledger, 101M tokens, D': ('comparison_160m/ledger_160m_1337', 'D'), '160m ledger, 101M tokens, C': ('comparison_160m/ledger_160m_1337', 'C')}
 
 
 def interventions(names, changes):
@@ -130,8 +131,16 @@ def sentences():
     found = [(with_class['p'], s['stream'], kind) for report in looked for s in report['streams'] for kind, with_class in s['with'].items() if with_class['p'] is not None]
     least, stream, kind = min(found)
     one, two = ({arm: line['tokens_per_s'] for arm, line in json.loads((RESULTS / 'h100' / name).read_text())['arms'].items()} for name in SCALING)
-    judged = verdicts.judge(verdicts.read_runs(RESULTS / 'demo_long'))
+    judged = verdicts.judge(verdicts.read_runs(RESULTS / 'comparison_160m'))
+    speed = {scale: json.loads((RESULTS / 'h100' / f'bench_{scale}_bf16.json').read_text())['arms'] for scale in ('160m', '290m')}
+    measured = json.loads((RESULTS / 'h100/bench_measure.json').read_text())['arms']
+    quick = speed['160m']
     return {'verdicts': '; '.join(f"{text}: {word.split(';')[0]}{')' * (';' in word and ')' not in word.split(';')[0])}" for text, word, _ in judged.values()),
+            'speed': '; '.join(f"{scale}, baseline {arms['baseline']['tokens_per_s'] / 1000:.0f} and ledger {arms['ledger']['tokens_per_s'] / 1000:.0f} thousand tokens/s "
+                               f"({arms['ledger']['ratio']:.2f})" for scale, arms in speed.items()),
+            'memory': f"{quick['baseline']['peak_memory_GB']:.1f} and {quick['ledger']['peak_memory_GB']:.1f} GB, {quick['baseline']['first_step_s']:.0f} and "
+                      f"{quick['ledger']['first_step_s']:.0f} s to the first finished step with cold compiler caches",
+            'measuring': f"{measured['baseline']['ratio']:.1f} (baseline) and {measured['ledger']['ratio']:.1f} times (ledger) a plain float32 forward pass",
             'onset': f'of {len(found)} rank correlations between the growth of a ratio and the share of a class of tokens in the fall of the loss, the smallest p is {least:.3f} ({stream}, {kind})',
             'fits': 'mean R² of the sweep: ' + ', '.join(f"{stream} {r2('sweep', stream)}" for stream in 'hDC') + '; of the 160M runs: '
                     + ', '.join(f"{stream} {r2('160m', stream)}" for stream in 'hDC'),
@@ -142,10 +151,11 @@ def sentences():
 
 def tables():
     """Returns {what: Markdown} of every table."""
-    short = {words: key for words, key in CHANGES.items() if key[0] != 'reads' and key[1] != 'all'}
+    short = {words: key for words, key in CHANGES.items() if key[0] == 'stream' and key[1] in ('start', 'dims')}
     folders = sorted({path.parent.parent for path in RESULTS.glob('*/*/measure.json')})
     return {**{folder.name: table(folder) for folder in folders}, 'verdicts, demo_long': verdicts.verdict_table(verdicts.read_runs(RESULTS / 'demo_long')),
             'fits': fits(), 'predictions': predictions(), 'interventions': interventions([*list(EDITED)[:3], 'longer demo, ledger, C'], short),
+            'verdicts, comparison_160m': verdicts.verdict_table(verdicts.read_runs(RESULTS / 'comparison_160m')),
             'interventions, all': interventions(EDITED, CHANGES), 'probes': probes(), 'scaling': scaling()}
 
 
