@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-LOGITS_AT_ONCE = 2**30  # of more, the gradients do not stand in memory whole
+LOGITS_AT_ONCE = 2**29  # where there are more, the loss is taken in parts
 
 
 class UserError(Exception):
@@ -245,6 +245,33 @@ class Sublayer(nn.Module):
         return {name: x.to(streams[name].dtype) for name, x in updated.items()}, commit_gate
 
 
+class LossInParts(torch.autograd.Function):
+    """The cross-entropies of the logits x Wᵀ + bias, summed, in parts: the gradients of each part are made beside its loss, so that its logits need not be kept.
+    x: (N, d), W: (V, d), bias: (V,), targets: (N,) int64."""
+
+    @staticmethod
+    def forward(ctx, x, W, bias, targets, parts):
+        loss, gx, gW = 0, [], 0
+        for u, y in zip(x.chunk(parts), targets.chunk(parts)):
+            if gx:  # one part after another: the compiler would rather begin with the logits of all
+                u = u + (gx[-1][0, 0] + gW[0, 0]).abs().clamp(max=0).to(u.dtype)
+            logits = F.linear(u, W, bias)
+            z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            total = z.logsumexp(-1, keepdim=True)
+            loss = loss + (total - z.gather(1, y[:, None])).sum()
+            p, target = (z - total).exp(), torch.arange(len(W), device=y.device) == y[:, None]
+            g = torch.where(target, p - 1, p).to(logits.dtype)
+            gx.append((g @ W.to(g.dtype)).to(x.dtype))
+            gW = gW + (g.T @ u.to(g.dtype)).to(W.dtype)
+        ctx.save_for_backward(torch.cat(gx), gW)
+        return loss
+
+    @staticmethod
+    def backward(ctx, g):
+        gx, gW = ctx.saved_tensors
+        return g * gx, g * gW, None, None, None
+
+
 class GPT(nn.Module):
 
     def __init__(self, config):
@@ -272,9 +299,11 @@ class GPT(nn.Module):
         # tensor cores want rows in multiples of 64: classes without weights, of a logit so low that they have no part in the loss
         x, V, more = self.decode(streams), self.config.vocab_size, -self.config.vocab_size % 64
         W, bias = F.pad(self.head.weight, (0, 0, 0, more)), F.pad(x.new_zeros(V), (0, more), value=-1e9)
-        parts = math.ceil(targets.numel() * V / LOGITS_AT_ONCE)
-        chunks = zip(x.flatten(0, 1).chunk(parts), targets.flatten().chunk(parts))
-        return sum(F.cross_entropy(F.linear(x, W, bias), y, reduction='sum') for x, y in chunks) / targets.numel()
+        x, targets = x.flatten(0, 1), targets.flatten()
+        parts = 2 ** math.ceil(math.log2(max(1, len(targets) * V / LOGITS_AT_ONCE)))
+        if parts > 1 and torch.is_grad_enabled():
+            return LossInParts.apply(x, W, bias, targets, parts) / len(targets)
+        return sum(F.cross_entropy(F.linear(u, W, bias), y, reduction='sum') for u, y in zip(x.chunk(parts), targets.chunk(parts))) / len(targets)
 
     def forward(self, idx, targets=None):
         """idx, targets: (B, T) int64, T at most block_size.

@@ -291,17 +291,37 @@ def test_at_the_first_backward_pass_only_what_meets_a_zero_map_or_a_zero_C_has_n
     assert {name for name, gradient in gradients.items() if not gradient.all()} == none
 
 
-def test_logits_in_parts_give_the_same_loss_and_gradients(monkeypatch):
+@pytest.mark.parametrize('sequences, sizes', [(0.5, [3] * 13 + [1]), (2, [10] * 4), (5, [40])])
+def test_logits_in_parts_give_the_same_loss_and_gradients(monkeypatch, sequences, sizes):
     net = shaken(n_layer=1, **ARMS['ledger'])
     loss, gradients = loss_and_gradients(net, *batch(net.config))
     kept = {name: gradient.clone() for name, gradient in gradients.items()}
     net.zero_grad()
-    sizes, cross_entropy = [], model_py.F.cross_entropy
-    monkeypatch.setattr(model_py.F, 'cross_entropy', lambda logits, *more, **how: sizes.append(len(logits)) or cross_entropy(logits, *more, **how))
-    monkeypatch.setattr(model_py, 'LOGITS_AT_ONCE', net.config.vocab_size * net.config.block_size)
+    seen, linear = [], model_py.F.linear
+    monkeypatch.setattr(model_py.F, 'linear', lambda x, W, b=None: (seen.append(len(x)) if len(W) == 64 else None) or linear(x, W, b))
+    monkeypatch.setattr(model_py, 'LOGITS_AT_ONCE', net.config.vocab_size * net.config.block_size * sequences)
     in_parts, gradients = loss_and_gradients(net, *batch(net.config))
-    assert sizes == [net.config.block_size] * 5 and abs(in_parts - loss) < 1e-12
+    assert seen == sizes and abs(in_parts - loss) < 1e-12
     assert all(distance(gradients[name], gradient) < 1e-12 for name, gradient in kept.items())
+    with torch.no_grad():
+        assert abs(net(*batch(net.config))[1] - loss) < 1e-12
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get('CXX', 'g++')), reason='torch.compile needs a C++ compiler on the CPU')
+def test_the_compiled_loss_in_parts_has_the_gradients_of_the_whole_one_in_bfloat16(monkeypatch):
+    net = shaken(std=0.3, dtype=torch.float32, n_layer=1, bf16_streams=True)
+    idx, targets = batch(net.config)
+    with torch.autocast('cpu', torch.bfloat16):
+        streams = {'h': net.start(idx).pop('h').detach().requires_grad_()}
+        whole = net.cross_entropy(streams, targets)
+        expected = torch.autograd.grad(whole, [streams['h'], net.head.weight, net.norm.weight])
+        monkeypatch.setattr(model_py, 'LOGITS_AT_ONCE', 100)
+        torch.compiler.reset()
+        in_parts = torch.compile(net.cross_entropy, fullgraph=True, options={'cpp.simdlen': 1})(streams, targets)
+        found = torch.autograd.grad(in_parts, [streams['h'], net.head.weight, net.norm.weight])
+    assert abs(in_parts - whole) < 1e-3
+    for gradient, right in zip(found, expected):
+        assert gradient.dtype == right.dtype and distance(gradient.float(), right.float()) < 0.02
 
 
 @pytest.mark.skipif(not shutil.which(os.environ.get('CXX', 'g++')), reason='torch.compile needs a C++ compiler on the CPU')
