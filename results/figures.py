@@ -3,8 +3,8 @@ Draws what several runs say together, from the files in results/ alone; a figure
 
     python results/figures.py
 
-dose.png   the decoded stream of the ledger against α, the price of committing: runs ledger, ledger_hs and ledger_a<α> of one scale, every seed
-scale.png  the decoded stream's signature at demo, 160m and 290m, per arm, every seed
+dose_<scale>.png  the decoded stream of the ledger against α, the price of committing: runs ledger, ledger_hs and ledger_a<α> of one scale, every seed
+scale.png         the decoded stream's signature at demo, 160m and 290m, per arm, every seed
 """
 import argparse
 import json
@@ -21,12 +21,13 @@ SIGNATURE = ('start_token_concentration', 'persistence', 'fixed_dim_ratio', 'sta
 SCALES = ('demo', '160m', '290m')
 ARMS = {'baseline': '#000000', 'qknorm': '#E69F00', 'ledger': '#0072B2', 'ledger_hs': '#CC79A7'}
 FEWEST_DOSES = 3
+SETS = 'demo_long,comparison_160m,comparison_290m'  # of runs that differ in arm, seed, α and scale alone
 
 
-def read_runs(folder):
-    """Returns a list of runs below folder: {'arm', 'scale', 'seed', 'alpha' or None, 'loss' and the signature as headlines, 'commit_rate' or None}."""
+def read_runs(folder, sets='*'):
+    """Returns a list of the runs in these sets below folder: {'arm', 'scale', 'seed', 'alpha' or None, 'loss' and the signature as headlines, 'commit_rate' or None}."""
     runs = []
-    for path in sorted(Path(folder).glob('*/*/measure.json')):
+    for path in sorted(path for name in sets.split(',') for path in Path(folder).glob(f'{name}/*/measure.json')):
         match = re.fullmatch(rf"(.+)_({'|'.join(SCALES)})(?:_(\d+))?", path.parent.name)
         if not match:
             continue
@@ -85,7 +86,10 @@ def draw_scales(runs, path):
                 for j, run in enumerate(mine):
                     draw_point(axis, SCALES.index(run['scale']) + (i - 1.5) * 0.16 + 0.03 * sum(other['scale'] == run['scale'] for other in mine[:j]), run[key], color=color, marker='os^D'[i], linestyle='none', label=arm if j == 0 else None)
             axis.set(title=HEADLINES[key], xticks=range(len(SCALES)), xticklabels=SCALES, xlim=(-0.5, len(SCALES) - 0.5))
-            axis.set_yscale('log' if key != 'persistence' else 'linear')
+            if key != 'persistence':
+                axis.set_yscale('log')
+                axis.yaxis.set_major_formatter('{x:g}')
+                axis.yaxis.set_minor_formatter(lambda x, _: f'{x:g}' if f'{x:.0e}'[0] in '235' else '')
             axis.grid(alpha=0.3, axis='y')
         axes[0].legend(fontsize=7)
 
@@ -97,7 +101,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     out = args.out or args.folder
     try:
-        runs = read_runs(args.folder)
+        runs = read_runs(args.folder, SETS if args.folder == RESULTS else '*')
         if not runs:
             raise UserError(f'there is no <set>/<arm>_<scale>/measure.json in {args.folder}: make them with bash results/pysource_160m/run.sh')
         out.mkdir(parents=True, exist_ok=True)
