@@ -131,11 +131,13 @@ def sentences():
     found = [(with_class['p'], s['stream'], kind) for report in looked for s in report['streams'] for kind, with_class in s['with'].items() if with_class['p'] is not None]
     least, stream, kind = min(found)
     one, two = ({arm: line['tokens_per_s'] for arm, line in json.loads((RESULTS / 'h100' / name).read_text())['arms'].items()} for name in SCALING)
-    judged = verdicts.judge(verdicts.read_runs(RESULTS / 'comparison_160m'))
+    compared = verdicts.read_runs(RESULTS / 'comparison_160m')
+    judged, (_, behind) = verdicts.judge(compared), verdicts.nearest_baseline(compared, 1337)
     speed = {scale: json.loads((RESULTS / 'h100' / f'bench_{scale}_bf16.json').read_text())['arms'] for scale in ('160m', '290m')}
     measured = json.loads((RESULTS / 'h100/bench_measure.json').read_text())['arms']
     quick = speed['160m']
     return {'verdicts': '; '.join(f"{text}: {word.split(';')[0]}{')' * (';' in word and ')' not in word.split(';')[0])}" for text, word, _ in judged.values()),
+            'matched': f"at a loss {behind:.3f} nats above the baseline's",
             'speed': '; '.join(f"{scale}, baseline {arms['baseline']['tokens_per_s'] / 1000:.0f} and ledger {arms['ledger']['tokens_per_s'] / 1000:.0f} thousand tokens/s "
                                f"({arms['ledger']['ratio']:.2f})" for scale, arms in speed.items()),
             'memory': f"{quick['baseline']['peak_memory_GB']:.1f} and {quick['ledger']['peak_memory_GB']:.1f} GB, {quick['baseline']['first_step_s']:.0f} and "
@@ -155,7 +157,7 @@ def tables():
     folders = sorted({path.parent.parent for path in RESULTS.glob('*/*/measure.json')})
     return {**{folder.name: table(folder) for folder in folders}, 'verdicts, demo_long': verdicts.verdict_table(verdicts.read_runs(RESULTS / 'demo_long')),
             'fits': fits(), 'predictions': predictions(), 'interventions': interventions([*list(EDITED)[:3], 'longer demo, ledger, C'], short),
-            'verdicts, comparison_160m': verdicts.verdict_table(verdicts.read_runs(RESULTS / 'comparison_160m')),
+            **{f'{name}, comparison_160m': of(verdicts.read_runs(RESULTS / 'comparison_160m')) for name, of in verdicts.TABLES.items() if name != 'Evidence'},
             'interventions, all': interventions(EDITED, CHANGES), 'probes': probes(), 'scaling': scaling()}
 
 

@@ -273,7 +273,7 @@ def controls_table(runs):
             after = run['controls'].get('commits', {}).get('last') if s['decoded'] else None
             shares = [f"{after[place]['map_share']:.0%}" if after and place in after else '–' for place in ('start_at_start_dim', 'mean_at_dominant', 'mean_at_others')]
             rows.append((run['name'], stream, *kinds, *ranks, *shares))
-    kinds = [f'start ratio, windows {kind}' for kind in ('anywhere', 'at a document', 'at its end-of-text')]
+    kinds = [f'start ratio, windows {kind}' for kind in ('anywhere', 'at a document', 'at its end-of-text', 'anywhere, bfloat16')]
     return markdown(['run', 'stream', *kinds, 'j*: rank by m, p, p/m', 'j0: rank by m, p, p/m', "U_P V_P's share of C at (0, j0)", 'at j*', 'elsewhere'], rows)
 
 
