@@ -11,6 +11,7 @@ A run writes out/<name of the config file>/: log.jsonl, ckpt.pt, ckpt_prev.pt, c
 import ast
 import difflib
 import fcntl
+import gc
 import inspect
 import json
 import math
@@ -532,7 +533,8 @@ def train(config):
             run.say(console_line(run.iter_num, config, loss, commit_rate, 1000 * seconds / steps, **run.speed(steps, seconds)))
             clock, steps, trained = time.perf_counter(), 0, [trained[0] + steps, trained[1] + seconds]
     if world.size > 1:
-        run.wrapped = None  # PyTorch 2.11 aborts now and then if it outlives its group
+        run.wrapped = None
+        gc.collect()  # PyTorch 2.11 aborts now and then if DDP outlives its processes' group
         dist.destroy_process_group()
     if stopping and it < config.max_iters:
         number = received[0] if received else signal.SIGTERM
