@@ -157,7 +157,8 @@ def tables():
     folders = sorted({path.parent.parent for path in RESULTS.glob('*/*/measure.json')})
     return {**{folder.name: table(folder) for folder in folders}, 'verdicts, demo_long': verdicts.verdict_table(verdicts.read_runs(RESULTS / 'demo_long')),
             'fits': fits(), 'predictions': predictions(), 'interventions': interventions([*list(EDITED)[:3], 'longer demo, ledger, C'], short),
-            **{f'{name}, comparison_160m': of(verdicts.read_runs(RESULTS / 'comparison_160m')) for name, of in verdicts.TABLES.items() if name != 'Evidence'},
+            **{f'{name}, {folder.name}': of(verdicts.read_runs(folder)) for folder in folders if folder.name.startswith('comparison_')
+               for name, of in verdicts.TABLES.items() if name != 'Evidence'},
             'interventions, all': interventions(EDITED, CHANGES), 'probes': probes(), 'scaling': scaling()}
 
 
