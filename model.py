@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-LOGITS_AT_ONCE = 2**29  # where there are more, the loss is taken in parts
+LOGITS_AT_ONCE = 2**30  # where there are more, the loss is taken in parts
 
 
 class UserError(Exception):
