@@ -34,7 +34,7 @@ import torch
 from data.loader import Tokens, atomic_write
 from measure import REPLICATES, Statistics, at_once, collect
 from model import UserError
-from train import Run, read_config
+from train import Run, World, read_config
 
 SEQUENCES, BLOCK_SIZE, BATCHES = 64, 1024, 10_000  # of the loader; a window has a token more than its block
 GPU_TOKENS_PER_S = 1e6                             # what an H200 may come to take in
@@ -214,8 +214,7 @@ def bench(args):
         if args.what != 'loader':
             write_tokens(args.folder)
         found = what[args.what](args)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    World.leave()
     if not found or rank:
         return
     report = {'command': shlex.join(['python', 'bench.py', *args.argv]), **found, **machine(), 'note': args.note}

@@ -376,11 +376,6 @@ def half(x):
     return x if x.dtype == HALF else x.to(HALF)
 
 
-def commit(D, C, c, p, UP):
-    """D, C: (B, T, d), any precision; c: (B, T, 1) float32; p = V_P D: (B, T, r), UP: (d, r), bfloat16. Returns the new C."""
-    return (C + c * D + (c * p).to(HALF) @ UP.T).to(C.dtype)
-
-
 class Read(torch.autograd.Function):
     """The commit before, then the read. Of the commit: D, C: (B, T, d), any precision; c: (B, T, 1) float32; VP: (r, d), UP: (d, r), bfloat16.
     Uk: (d, r) bfloat16; scale = λ, gain, wc = w_c: (d,) float32.
@@ -463,7 +458,7 @@ class FastGPT(GPT):
 
     def decode(self, streams):
         D, C, c, VP, UP = streams.values()
-        return super().decode({'D': D, 'C': commit(D, C, c, F.linear(half(D), VP), UP)})
+        return super().decode({'D': D, 'C': (C + c * D + (c * F.linear(half(D), VP)).to(HALF) @ UP.T).to(C.dtype)})  # the last commit, which nobody reads
 
 
 def as_fast(model):

@@ -188,6 +188,13 @@ class World:
         """True on all processes if it is on one. On the CPU, so that nobody waits for a GPU."""
         return bool(self.sum(torch.tensor(float(flag)))) if self.size > 1 else flag
 
+    @staticmethod
+    def leave():
+        """To be called at the end of a run, once nothing refers to its DDP: PyTorch 2.11 aborts now and then if that outlives the processes' group."""
+        if dist.is_initialized():
+            gc.collect()
+            dist.destroy_process_group()
+
     def share(self, config):
         """Returns how many sequences this process has of every step, and how many it puts through the model at once."""
         n = config.batch_size
@@ -532,10 +539,8 @@ def train(config):
             seconds = time.perf_counter() - clock
             run.say(console_line(run.iter_num, config, loss, commit_rate, 1000 * seconds / steps, **run.speed(steps, seconds)))
             clock, steps, trained = time.perf_counter(), 0, [trained[0] + steps, trained[1] + seconds]
-    if world.size > 1:
-        run.wrapped = None
-        gc.collect()  # PyTorch 2.11 aborts now and then if DDP outlives its processes' group
-        dist.destroy_process_group()
+    run.wrapped = None
+    World.leave()
     if stopping and it < config.max_iters:
         number = received[0] if received else signal.SIGTERM
         run.say(f'stopped by {signal.Signals(number).name} after iteration {it}: go on with --init_from=resume')

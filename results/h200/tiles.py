@@ -26,7 +26,8 @@ from bench import machine
 from data.loader import atomic_write
 
 TILES = {
-    'READ': [dict(ROWS=rows, COLUMNS=c, STAGES=s, num_warps=w) for rows, c, w in ((32, 128, 8), (32, 128, 4), (32, 64, 4), (16, 128, 4), (16, 256, 4), (64, 64, 4), (64, 128, 8), (64, 256, 8)) for s in (2, 3)],
+    'READ': [dict(ROWS=rows, COLUMNS=c, STAGES=s, num_warps=w)
+             for rows, c, w in ((32, 128, 8), (32, 128, 4), (32, 64, 4), (16, 128, 4), (16, 256, 4), (64, 64, 4), (64, 128, 8), (64, 256, 8)) for s in (2, 3)],
     'DELIBERATE': [dict(ROWS=64, COLUMNS=c, LOOP=n, STAGES=s, num_warps=w)
                    for c, w, s in ((64, 8, 2), (64, 8, 3), (64, 4, 2), (32, 4, 3), (128, 8, 2)) for n in (8, 16)],
     'GRADIENT_A': [dict(ROWS=rows, COLUMNS=c, STAGES=s, num_warps=w) for s in (2, 3) for rows, c, w in ((64, 64, 4), (64, 32, 4), (64, 64, 8), (128, 32, 8), (128, 64, 8))],
