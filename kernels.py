@@ -31,7 +31,7 @@ from model import GPT, RESIDUALS, Ledger, Sublayer, twin
 HALF = torch.bfloat16  # of what enters a matrix product
 PTX = tl.constexpr(bool(torch.version.cuda) and not triton.knobs.runtime.interpret)
 # What one program does: tiles of ROWS × COLUMNS, LOOP of them down the rows or all across the columns. results/h200/tiles.py times them.
-READ = dict(ROWS=32, COLUMNS=128, STAGES=2, num_warps=8)  # few rows at once: they are read twice, the second time from the L2 cache
+READ = dict(ROWS=32, COLUMNS=128, STAGES=3, num_warps=4)  # few rows at once: they are read twice, the second time from the L2 cache
 DELIBERATE = dict(ROWS=64, COLUMNS=32, LOOP=16, STAGES=3, num_warps=4)
 GRADIENT_A = dict(ROWS=64, COLUMNS=32, STAGES=3, num_warps=4)
 GRADIENT_U = dict(ROWS=64, COLUMNS=32, LOOP=32, STAGES=2, num_warps=4)

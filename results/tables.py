@@ -30,6 +30,20 @@ def table(folder):
     return '\n'.join(lines)
 
 
+def arms(folder):
+    """folder: one that holds <arm>_<scale>_<seed>/measure.json. Returns a Markdown table: a line for each arm and stream, the values of all its seeds, without intervals."""
+    runs, found = verdicts.read_runs(folder), {}
+    for (arm, seed), run in runs.items():
+        for stream, s in run['measure']['streams'].items():
+            line = found.setdefault((arm, f'**{stream}**' if s['decoded'] else stream), [])
+            line.append([str(seed), f"{run['measure']['val_loss']:.3f}", *(f"{s[key]['value']:.3g}" for key in COLUMNS)])
+    lines = ['| arm | seeds | stream | loss | ' + ' | '.join(COLUMNS.values()) + ' |', '|---|---|---|---|' + '---|' * len(COLUMNS)]
+    for (arm, stream), line in found.items():
+        seeds, *cells = [', '.join(values) for values in zip(*line)]
+        lines.append(f'| {arm} | {seeds} | {stream} | ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines)
+
+
 def fits():
     """The fits of emergence.py: for each stream of the sweep, and for each stream of each 160m run."""
     lines = ['| runs | stream | series | mean R² (least) | f is best by AIC | all five identifiable | early peak / log increase / neither |', '|---|---|---|---|---|---|---|']
@@ -132,13 +146,13 @@ def sentences():
     least, stream, kind = min(found)
     one, two = ({arm: line['tokens_per_s'] for arm, line in json.loads((RESULTS / 'h100' / name).read_text())['arms'].items()} for name in SCALING)
     compared = verdicts.read_runs(RESULTS / 'comparison_160m')
-    judged, (_, behind) = verdicts.judge(compared), verdicts.nearest_baseline(compared, 1337)
+    judged, behind = verdicts.judge(compared), {seed: verdicts.nearest_baseline(compared, seed)[1] for arm, seed in compared if arm == 'ledger'}
     speed = {scale: json.loads((RESULTS / 'h100' / f'bench_{scale}_bf16.json').read_text())['arms'] for scale in ('160m', '290m')}
     measured = json.loads((RESULTS / 'h100/bench_measure.json').read_text())['arms']
     quick, windows = speed['160m'], [run['controls']['windows'] for run in compared.values()]
     most = max(abs(w['anywhere_bfloat16']['streams'][stream][key]['value'] / q[key]['value'] - 1) for w in windows for stream, q in w['anywhere']['streams'].items() for key in COLUMNS)
     return {'verdicts': '; '.join(f"{text}: {word.split(';')[0]}{')' * (';' in word and ')' not in word.split(';')[0])}" for text, word, _ in judged.values()),
-            'matched': f"at a loss {behind:.3f} nats above the baseline's",
+            'matched': "the ledger's loss is " + ' and '.join(f"{abs(x):.3f} nats {'above' if x > 0 else 'below'} (seed {seed})" for seed, x in behind.items()) + " the baseline's",
             'speed': '; '.join(f"{scale}, baseline {arms['baseline']['tokens_per_s'] / 1000:.0f} and ledger {arms['ledger']['tokens_per_s'] / 1000:.0f} thousand tokens/s "
                                f"({arms['ledger']['ratio']:.2f})" for scale, arms in speed.items()),
             'memory': f"{quick['baseline']['peak_memory_GB']:.1f} and {quick['ledger']['peak_memory_GB']:.1f} GB, {quick['baseline']['first_step_s']:.0f} and "
@@ -157,9 +171,10 @@ def tables():
     """Returns {what: Markdown} of every table."""
     short = {words: key for words, key in CHANGES.items() if key[0] == 'stream' and key[1] in ('start', 'dims')}
     folders = sorted({path.parent.parent for path in RESULTS.glob('*/*/measure.json')})
-    return {**{folder.name: table(folder) for folder in folders}, 'verdicts, demo_long': verdicts.verdict_table(verdicts.read_runs(RESULTS / 'demo_long')),
+    compared = [folder for folder in folders if folder.name.startswith('comparison_')]
+    return {**{folder.name: table(folder) for folder in folders}, **{f'arms, {folder.name}': arms(folder) for folder in compared}, 'verdicts, demo_long': verdicts.verdict_table(verdicts.read_runs(RESULTS / 'demo_long')),
             'fits': fits(), 'predictions': predictions(), 'interventions': interventions([*list(EDITED)[:3], 'longer demo, ledger, C'], short),
-            **{f'{name}, {folder.name}': of(runs) for folder in folders if folder.name.startswith('comparison_') for runs in [verdicts.read_runs(folder)]
+            **{f'{name}, {folder.name}': of(runs) for folder in compared for runs in [verdicts.read_runs(folder)]
                for name, of in verdicts.TABLES.items() if name != 'Evidence'},
             'interventions, all': interventions(EDITED, CHANGES), 'probes': probes(), 'scaling': scaling()}
 
