@@ -9,8 +9,8 @@ Its arithmetic is small; what costs is memory traffic: e, w, k and most gradient
   columns and those of U sums over tokens. With v = U_k a_k and G = U_kᵀU_k: ‖v‖² = a_kᵀ G a_k and kᵀD = a_kᵀ(U_kᵀD) / ‖v‖, so neither
   needs v; the gradient of v is f · (−g ⊙ e) + h · D − 2 f h · v, with g that of the new D, f = kᵀD / ‖v‖ and h = −(g ⊙ e)ᵀv / ‖v‖².
   Where ‖v‖ is held at 1e-12, its last part is missing;
-- a sublayer's commit waits for the next sublayer's read, and one kernel does both. The read hands the streams on: one pass over the rows of its
-  backward adds up all that comes back through D, C and the commit gate;
+- a sublayer's commit waits for the next sublayer's read, and the read hands the streams on: one pass over the rows of its backward adds up all
+  that comes back through D, C and the commit gate;
 - a comes out of the product in which the sublayer reads u, the write map is folded into the one with which it writes
   (y + U_g V_g y = (W + U_g V_g W) x + (b + U_g V_g b)), and c multiplies p = V_P D, which has r numbers a token, not U_P V_P D.
 
@@ -31,7 +31,6 @@ from model import GPT, RESIDUALS, Ledger, Sublayer, twin
 HALF = torch.bfloat16  # of what enters a matrix product
 PTX = tl.constexpr(bool(torch.version.cuda) and not triton.knobs.runtime.interpret)
 # What one program does: tiles of ROWS × COLUMNS, LOOP of them down the rows or all across the columns. results/h200/tiles.py times them.
-READ = dict(ROWS=32, COLUMNS=128, STAGES=3, num_warps=4)  # few rows at once: they are read twice, the second time from the L2 cache
 DELIBERATE = dict(ROWS=64, COLUMNS=32, LOOP=16, STAGES=3, num_warps=4)
 GRADIENT_A = dict(ROWS=64, COLUMNS=32, STAGES=3, num_warps=4)
 GRADIENT_U = dict(ROWS=64, COLUMNS=32, LOOP=32, STAGES=2, num_warps=4)
@@ -59,37 +58,6 @@ def load_U(U, gate: tl.constexpr, col, d, r: tl.constexpr):
 def load_a(a, gate: tl.constexpr, row, left, apart, r: tl.constexpr):
     """Returns (ROWS, r)."""
     return tl.load(a + row[:, None] * apart + gate * r + tl.arange(0, r)[None, :], (row < left)[:, None], 0.0)
-
-
-@triton.jit
-def read_kernel(D, C, c, p, UP, scale, gain, wc, C2, u, s, N, apart_p, eps, d: tl.constexpr, r: tl.constexpr,
-                ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr):
-    """C2 = C + c (D + p UPᵀ); then u = gain ⊙ (D + scale ⊙ C2) over its root mean square, and s = uᵀwc: whole rows, the second time from the cache."""
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    row, rank, left = tl.arange(0, ROWS), tl.arange(0, r), N - first
-    c_row = tl.load(c + first + row, row < left, 0.0)[:, None]
-    cp = tl.load(p + first * apart_p + row[:, None] * apart_p + rank[None, :], (row < left)[:, None], 0.0)
-    cp = (c_row * cp.to(tl.float32)).to(cp.dtype)
-    square, total = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
-    for j in tl.range(0, d, COLUMNS, num_stages=STAGES):
-        col = j + tl.arange(0, COLUMNS)
-        at, there = first * d + row[:, None] * d + col[None, :], (row < left)[:, None] & (col < d)[None, :]
-        x = tl.load(D + at, there, 0.0).to(tl.float32)
-        y = tl.load(C + at, there, 0.0).to(tl.float32) + c_row * x + tl.dot(cp, load_U(UP, 0, col, d, r))
-        y = y.to(C2.dtype.element_ty)
-        tl.store(C2 + at, y, there)
-        x += tl.load(scale + col, col < d, 0.0)[None, :] * y.to(tl.float32)
-        square += tl.sum(x * x, 1)
-    inverse = tl.rsqrt(square / d + eps)[:, None]
-    tl.debug_barrier()  # C2 is there for all threads of this program
-    for j in tl.range(0, d, COLUMNS, num_stages=STAGES):
-        col = j + tl.arange(0, COLUMNS)
-        at, there = first * d + row[:, None] * d + col[None, :], (row < left)[:, None] & (col < d)[None, :]
-        x = tl.load(D + at, there, 0.0).to(tl.float32) + tl.load(scale + col, col < d, 0.0)[None, :] * tl.load(C2 + at, there, 0.0).to(tl.float32)
-        x *= inverse * tl.load(gain + col, col < d, 0.0)[None, :]
-        tl.store(u + at, x, there)
-        total += tl.sum(x * tl.load(wc + col, col < d, 0.0)[None, :], 1)
-    tl.store(s + first + row, total, row < left)
 
 
 @triton.jit
@@ -260,23 +228,6 @@ def launch(kernel, tile, tensors, y, a, U, *more):
 
 # To the compiler each launch is one opaque operation: what it returns, what it does, and what it returns once more for tracing.
 
-def empty_read(D, C, c):
-    return torch.empty_like(C), torch.empty_like(D, dtype=HALF), torch.empty_like(c)
-
-
-@torch.library.custom_op('ledger::read', mutates_args=())
-def read(D: torch.Tensor, C: torch.Tensor, c: torch.Tensor, p: torch.Tensor, UP: torch.Tensor, scale: torch.Tensor, gain: torch.Tensor, wc: torch.Tensor,
-         eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    outputs, N, (d, r) = empty_read(D, C, c), c.numel(), UP.shape
-    read_kernel[(groups(READ, N),)](D, C, c, p, UP, scale, gain, wc, *outputs, N, p.stride(0), eps, d, r, **READ)
-    return outputs
-
-
-@read.register_fake
-def _(D, C, c, p, UP, scale, gain, wc, eps):
-    return empty_read(D, C, c)
-
-
 def empty_direction(a, G):
     return a.new_empty(len(a), len(G)), G.new_empty(len(a)), G.new_empty(len(a))
 
@@ -376,6 +327,12 @@ def half(x):
     return x if x.dtype == HALF else x.to(HALF)
 
 
+def commit(D, C, c, p, UP):
+    """D, C: (B, T, d), any precision; c: (B, T, 1) float32; p = V_P D: (B, T, r), UP: (d, r), bfloat16. Returns the new C."""
+    # copy=True: see half()
+    return (C + c * D + (c * p).to(HALF) @ UP.T).to(C.dtype, copy=True)
+
+
 class Read(torch.autograd.Function):
     """The commit before, then the read. Of the commit: D, C: (B, T, d), any precision; c: (B, T, 1) float32; VP: (r, d), UP: (d, r), bfloat16.
     Uk: (d, r) bfloat16; scale = λ, gain, wc = w_c: (d,) float32.
@@ -385,11 +342,13 @@ class Read(torch.autograd.Function):
     def forward(ctx, D, C, c, VP, UP, Uk, scale, gain, wc, eps):
         with torch.autocast(D.device.type, enabled=False):
             p, projected = (half(D) @ torch.cat([VP.T, Uk], 1)).chunk(2, -1)
-            C, u, s = read(D, C, c, p.flatten(0, 1), UP, scale, gain, wc, eps)
+            C = commit(D, C, c, p, UP)
         ctx.save_for_backward(D, C, c, p, VP, UP, scale, gain, wc)
         ctx.eps = eps
         ctx.mark_non_differentiable(projected)
-        return u, s, D.view_as(D), C, projected
+        x = D + scale * C
+        u = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain
+        return u.to(HALF, copy=True), (u * wc).sum(-1, keepdim=True), D.view_as(D), C, projected
 
     @staticmethod
     def backward(ctx, gu, gs, gD, gC, _):
@@ -458,7 +417,7 @@ class FastGPT(GPT):
 
     def decode(self, streams):
         D, C, c, VP, UP = streams.values()
-        return super().decode({'D': D, 'C': (C + c * D + (c * F.linear(half(D), VP)).to(HALF) @ UP.T).to(C.dtype)})  # the last commit, which nobody reads
+        return super().decode({'D': D, 'C': commit(D, C, c, F.linear(half(D), VP), UP)})
 
 
 def as_fast(model):

@@ -119,8 +119,8 @@ def test_the_kernels_compile_for_hopper_and_fit_into_its_shared_memory(monkeypat
     from triton.compiler import ASTSource, compile
     monkeypatch.setattr(kernels, 'PTX', kernels.tl.constexpr(True))  # the branch that the interpreter never takes
     types = {name: streams for name in ('D', 'C', 'g', 'gD', 'gC', 'D2', 'gD2', 'gC2', 'g2')} | dict.fromkeys(('y', 'a', 'U', 'gy', 'gu', 'projected', 'Ga', 'ga', 'gp', 'VP'), '*bf16')
-    types |= dict.fromkeys(('N', 'apart', 'apart_p'), 'i32') | {'eps': 'fp32'} | dict.fromkeys(('p', 'UP', 'u'), '*bf16')
-    for kernel, tile, sizes in ((kernels.read_kernel, kernels.READ, dict(r=64)), (kernels.deliberate_kernel, kernels.DELIBERATE, dict(r=64)), (kernels.gradient_a_kernel, kernels.GRADIENT_A, dict(r=64)),
+    types |= dict.fromkeys(('N', 'apart', 'apart_p'), 'i32') | {'eps': 'fp32'}
+    for kernel, tile, sizes in ((kernels.deliberate_kernel, kernels.DELIBERATE, dict(r=64)), (kernels.gradient_a_kernel, kernels.GRADIENT_A, dict(r=64)),
                                 (kernels.gradient_U_kernel, kernels.GRADIENT_U, dict(r=64)), (kernels.gradient_read_kernel, kernels.GRADIENT_READ, dict(WIDTH=1024)),
                                 (kernels.add_product_kernel, kernels.ADD_PRODUCT, dict(r=64)), (kernels.direction_kernel, kernels.DIRECTION, dict(r=64))):
         fixed = {**tile, **sizes, **({'d': 768} if 'd' in kernel.arg_names else {})}

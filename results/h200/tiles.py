@@ -26,8 +26,6 @@ from bench import machine
 from data.loader import atomic_write
 
 TILES = {
-    'READ': [dict(ROWS=rows, COLUMNS=c, STAGES=s, num_warps=w)
-             for rows, c, w in ((32, 128, 8), (32, 128, 4), (32, 64, 4), (16, 128, 4), (16, 256, 4), (64, 64, 4), (64, 128, 8), (64, 256, 8)) for s in (2, 3)],
     'DELIBERATE': [dict(ROWS=64, COLUMNS=c, LOOP=n, STAGES=s, num_warps=w)
                    for c, w, s in ((64, 8, 2), (64, 8, 3), (64, 4, 2), (32, 4, 3), (128, 8, 2)) for n in (8, 16)],
     'GRADIENT_A': [dict(ROWS=rows, COLUMNS=c, STAGES=s, num_warps=w) for s in (2, 3) for rows, c, w in ((64, 64, 4), (64, 32, 4), (64, 64, 8), (128, 32, 8), (128, 64, 8))],
@@ -37,7 +35,7 @@ TILES = {
     'ADD_PRODUCT': [dict(ROWS=rows, COLUMNS=c, num_warps=w) for rows, c, w in ((64, 128, 4), (64, 64, 4), (128, 64, 4), (128, 128, 8), (64, 256, 8))],
     'DIRECTION': [dict(ROWS=rows, num_warps=w) for rows in (32, 64, 128) for w in (4, 8)],
 }
-LARGE = {'READ': 4, 'DELIBERATE': 3, 'GRADIENT_A': 2, 'GRADIENT_U': 5, 'GRADIENT_READ': 7, 'ADD_PRODUCT': 2, 'DIRECTION': 0}  # tensors as large as D, read or written
+LARGE = {'DELIBERATE': 3, 'GRADIENT_A': 2, 'GRADIENT_U': 5, 'GRADIENT_READ': 7, 'ADD_PRODUCT': 2, 'DIRECTION': 0}  # tensors as large as D, read or written
 
 
 def problem(N, d, r, streams, device):
@@ -47,8 +45,7 @@ def problem(N, d, r, streams, device):
                             lambda *shape: torch.randn(shape, device=device))
     D, g, y, a, U = stream(N, d), stream(N, d), half(N, d), half(N, 3 * d + 3 * r)[:, 3 * d:], half(3, d, r) * r**-0.5  # a: a part of wider rows, as in training
     be, bw, f, length = single(d), single(d), single(N), 1 + single(N).abs()
-    return {'READ': (kernels.read, (D, stream(N, d), single(N, 1), half(N, 2 * r)[:, :r], half(d, r) * r**-0.5, single(d), single(d), single(d), 1e-6)),
-            'DELIBERATE': (kernels.deliberate, (D, y, a, f, U, be, bw)),
+    return {'DELIBERATE': (kernels.deliberate, (D, y, a, f, U, be, bw)),
             'GRADIENT_A': (kernels.gradient_a, (g, y, a, f, U, be, bw, half(N, r), half(N, r), length)),
             'GRADIENT_U': (kernels.gradient_U, (g, y, D, a, f, single(N), single(N), U, be, bw)),
             'GRADIENT_READ': (kernels.gradient_read, (half(N, d), single(N), g, stream(N, d), D, stream(N, d), single(N), single(d), single(d), single(d), 1e-6)),
