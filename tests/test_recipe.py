@@ -419,6 +419,12 @@ def test_runs_are_shared_by_the_workers_and_packed_whole_and_a_second_call_train
     assert queue(ARMS=arms, SEEDS='1 2').wait(30) == 0 and len(calls(tmp_path, 'train.py')) == 10
 
 
+def test_a_queue_names_runs_in_any_order(queue, tmp_path):
+    assert queue(QUEUE='ledger_a0.1.1338 baseline.1337').wait(30) == 0
+    assert [line.split('--out_dir=')[1].split()[0] for line in calls(tmp_path, 'train.py')] == ['out/ledger_a0.1_160m_1338', 'out/baseline_160m_1337']
+    assert '--commit_sparsity=0.1 --dataset=tiny --seed=1338 ' in calls(tmp_path, 'train.py')[0]
+
+
 def test_a_run_that_fails_is_not_packed_is_named_and_keeps_no_other_from_running(queue, tmp_path):
     run = queue(ARMS='broken baseline')
     printed = run.communicate(timeout=30)[0]

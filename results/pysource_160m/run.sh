@@ -17,9 +17,10 @@ ITERS=${ITERS:-4100}     # steps of a whole cosine; at 160m, 24 × 1024 tokens e
 EVERY=${EVERY:-250}      # steps between evaluations, each a line of log.jsonl
 ARMS=${ARMS:-ledger baseline ledger_hs qknorm}
 SEEDS=${SEEDS:-1337}     # all arms of the first seed come before the next
+QUEUE=${QUEUE:-$(for seed in $SEEDS; do for arm in $ARMS; do echo "$arm.$seed"; done; done)} # or any runs in any order: "ledger_hs.1338 ledger_a0.1.1337"
 CLOSER=${CLOSER:-1337}   # the seed whose baseline and ledger go through intervene.py and probe.py as well
 SEQUENCES=${SEQUENCES:-64} # of intervene.py
-GPUS=${GPUS-0 1}         # a run at a time on each; "0 0" puts two on one; "" is the CPU
+GPUS=${GPUS-0 1}         # a run at a time on each; "0 0" puts two on one, at 160m slower than one after the other; "" is the CPU
 DATASET=${DATASET:-pysource}
 SNAPSHOTS=${SNAPSHOTS:-0} # iterations whose weights are kept: 0, for the untrained model; with five that are evaluated, results/emergence/onset.py looks at them
 EXTRA=${EXTRA:-}         # settings for every run, like "--lr=6e-4": then RUNS and PACK of their own, and a folder of their own beside this one
@@ -141,10 +142,8 @@ look_closer() {  # arm, tool: the analyses that one seed is enough for; what one
 work() {  # a GPU or "": takes what nobody has taken, and waits for the others to end, since there may be something to look at closer
   trap 'exit 143' TERM  # once the command at hand, which is told as well, has ended: a training saves first
   export CUDA_VISIBLE_DEVICES=$1
-  local arm seed tool claim busy=1
-  for seed in $SEEDS; do
-    for arm in $ARMS; do mkdir "$CLAIMS/$arm.$seed" 2> /dev/null && take "$arm" "$seed"; done
-  done
+  local arm run tool claim busy=1
+  for run in $QUEUE; do mkdir "$CLAIMS/$run" 2> /dev/null && take "${run%.*}" "${run##*.}"; done
   while [ $busy = 1 ]; do
     busy=0
     for claim in "$CLAIMS"/*.[0-9]*; do [ -e "$claim/ended" ] || busy=1; done
@@ -169,6 +168,6 @@ read -ra gpus <<< "$GPUS"
 for gpu in "${gpus[@]:-}"; do work "$gpu" & done
 wait
 left=0
-for seed in $SEEDS; do for arm in $ARMS; do is_packed "${arm}_${SCALE}_$seed" || { echo "not packed yet: ${arm}_${SCALE}_$seed"; left=1; }; done; done
-"$PYTHON" $HERE/verdicts.py "$PACK" > "$PACK/.verdicts.md" && mv "$PACK/.verdicts.md" "$PACK/verdicts.md" && archive
+for run in $QUEUE; do run=${run%.*}_${SCALE}_${run##*.}; is_packed "$run" || { echo "not packed yet: $run"; left=1; }; done
+"$PYTHON" $HERE/verdicts.py "$PACK" > "$PACK/.verdicts.$$" && mv "$PACK/.verdicts.$$" "$PACK/verdicts.md" && archive
 exit $left
