@@ -145,13 +145,15 @@ def sentences():
     found = [(with_class['p'], s['stream'], kind) for report in looked for s in report['streams'] for kind, with_class in s['with'].items() if with_class['p'] is not None]
     least, stream, kind = min(found)
     one, two = ({arm: line['tokens_per_s'] for arm, line in json.loads((RESULTS / 'h100' / name).read_text())['arms'].items()} for name in SCALING)
+    judged = {folder.name: verdicts.judge(verdicts.read_runs(folder)) for folder in sorted(RESULTS.glob('comparison_*'))}
     compared = verdicts.read_runs(RESULTS / 'comparison_160m')
-    judged, behind = verdicts.judge(compared), {seed: verdicts.nearest_baseline(compared, seed)[1] for arm, seed in compared if arm == 'ledger'}
+    behind = {seed: verdicts.nearest_baseline(compared, seed)[1] for arm, seed in compared if arm == 'ledger'}
     speed = {scale: json.loads((RESULTS / 'h100' / f'bench_{scale}_bf16.json').read_text())['arms'] for scale in ('160m', '290m')}
     measured = json.loads((RESULTS / 'h100/bench_measure.json').read_text())['arms']
     quick, windows = speed['160m'], [run['controls']['windows'] for run in compared.values()]
     most = max(abs(w['anywhere_bfloat16']['streams'][stream][key]['value'] / q[key]['value'] - 1) for w in windows for stream, q in w['anywhere']['streams'].items() for key in COLUMNS)
-    return {'verdicts': '; '.join(f"{text}: {word.split(';')[0]}{')' * (';' in word and ')' not in word.split(';')[0])}" for text, word, _ in judged.values()),
+    return {**{f'verdicts, {name}': '; '.join(f"{text}: {word.split(';')[0]}{')' * (';' in word and ')' not in word.split(';')[0])}" for text, word, _ in claims.values())
+               for name, claims in judged.items()},
             'matched': "the ledger's loss is " + ' and '.join(f"{abs(x):.3f} nats {'above' if x > 0 else 'below'} (seed {seed})" for seed, x in behind.items()) + " the baseline's",
             'speed': '; '.join(f"{scale}, baseline {arms['baseline']['tokens_per_s'] / 1000:.0f} and ledger {arms['ledger']['tokens_per_s'] / 1000:.0f} thousand tokens/s "
                                f"({arms['ledger']['ratio']:.2f})" for scale, arms in speed.items()),
