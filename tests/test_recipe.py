@@ -375,13 +375,14 @@ case "$*" in
           touch "$out"/{ckpt,ckpt_0,ckpt_prev}.pt "$out/log.jsonl" ;;
   measure*_0.pt*) touch "$out"/{measure_0.json,profile_0.png} ;;
   measure*) touch "$out"/{measure.json,profile.png,landscape.png,series.png} ;;
-  *controls.py*) touch "$out"/controls{,_0}.json ;;
+  *controls.py*_0.pt*) touch "$out"/controls{,_0}.json ;;
+  *controls.py*) touch "$out"/controls.json ;;
   intervene.py*) touch "$out"/intervene.json
                  [ -z "${UNDRAWN:-}" ] || exit 1
                  touch "$out"/intervene.png ;;
 esac
 '''
-PACKED = {'log.jsonl', 'measure.json', 'measure_0.json', 'controls.json', 'controls_0.json', 'profile.png', 'profile_0.png', 'landscape.png', 'series.png', 'recipe.json'}
+PACKED = {'log.jsonl', 'measure.json', 'measure_0.json', 'controls.json', 'profile.png', 'profile_0.png', 'landscape.png', 'series.png', 'recipe.json'}
 
 
 @pytest.fixture
@@ -450,6 +451,7 @@ def test_one_seeds_baseline_and_ledger_are_looked_at_closer_where_there_are_tool
     assert queue(ARMS='baseline qknorm', SEEDS='1 2', CLOSER='1').wait(30) == 0
     assert calls(tmp_path, 'intervene') == ['intervene.py --ckpt out/baseline_160m_1 --sequences=64']
     assert {'intervene.json', 'intervene.png'} < {path.name for path in (tmp_path / 'out/packed/baseline_160m_1').iterdir()}
+    assert {path.parent.name for path in (tmp_path / 'out/packed').glob('*/controls_0.json')} == {'baseline_160m_1', 'qknorm_160m_1'}
 
 
 def test_the_closer_looks_are_shared_by_the_workers_and_each_is_taken_once(queue, tmp_path):
@@ -472,7 +474,7 @@ def test_what_a_closer_look_has_written_is_packed_although_its_figure_could_not_
     (tmp_path / 'intervene.py').touch()
     run = queue(ARMS='baseline', SEEDS='1', CLOSER='1', UNDRAWN='1', TGZ='all.tgz')
     assert 'exit 1 of ./stub intervene.py' in run.communicate(timeout=30)[0]
-    assert {path.name for path in (tmp_path / 'out/packed/baseline_160m_1').iterdir()} == PACKED | {'intervene.json'}
+    assert {path.name for path in (tmp_path / 'out/packed/baseline_160m_1').iterdir()} == PACKED | {'controls_0.json', 'intervene.json'}
     assert './baseline_160m_1/intervene.json' in tarfile.open(tmp_path / 'all.tgz').getnames()
 
 

@@ -18,14 +18,14 @@ EVERY=${EVERY:-250}      # steps between evaluations, each a line of log.jsonl
 ARMS=${ARMS:-ledger baseline ledger_hs qknorm}
 SEEDS=${SEEDS:-1337}     # all arms of the first seed come before the next
 QUEUE=${QUEUE:-$(for seed in $SEEDS; do for arm in $ARMS; do echo "$arm.$seed"; done; done)} # or any runs in any order: "ledger_hs.1338 ledger_a0.1.1337"
-CLOSER=${CLOSER:-1337}   # the seed whose baseline and ledger go through intervene.py and probe.py as well
+CLOSER=${CLOSER:-1337}   # the seed whose baseline and ledger go through intervene.py and probe.py as well, and whose untrained weights through controls.py
 SEQUENCES=${SEQUENCES:-64} # of intervene.py
 GPUS=${GPUS-0 1}         # a run at a time on each; "0 0" puts two on one, at 160m slower than one after the other; "" is the CPU
 DATASET=${DATASET:-pysource}
 SNAPSHOTS=${SNAPSHOTS:-0} # iterations whose weights are kept: 0, for the untrained model; with five that are evaluated, results/emergence/onset.py looks at them
 EXTRA=${EXTRA:-}         # settings for every run, like "--lr=6e-4": then RUNS and PACK of their own, and a folder of their own beside this one
 RUNS=${RUNS:-out}        # checkpoints
-PACK=${PACK:-out/packed} # <arm>_<scale>_<seed>/: log.jsonl, measure.json, controls.json, both for the untrained weights with _0, figures, recipe.json
+PACK=${PACK:-out/packed} # <arm>_<scale>_<seed>/: log.jsonl, measure.json, controls.json, with _0 for the untrained weights, figures, recipe.json
 TGZ=${TGZ:-}             # a file that always holds all of PACK
 LIMIT=${LIMIT:-0}        # seconds; 0: none
 KEEP_FREE=${KEEP_FREE:-20} # GB: with less free on the disk, a packed run's newest checkpoint goes as well
@@ -83,7 +83,8 @@ pack() {  # a run appears under its name only when it is whole
   local run=$1 part="$PACK/.$1.$BASHPID"
   rm -rf "$PACK/.$run."*
   mkdir -p "$part"
-  cp "$RUNS/$run/"{log.jsonl,{measure,controls}{,_0}.json,profile{,_0}.png,landscape.png,series.png} "$part" && describe "$run" > "$part/recipe.json" &&
+  [ ! -e "$RUNS/$run/controls_0.json" ] || cp "$RUNS/$run/controls_0.json" "$part"
+  cp "$RUNS/$run/"{log.jsonl,measure{,_0}.json,controls.json,profile{,_0}.png,landscape.png,series.png} "$part" && describe "$run" > "$part/recipe.json" &&
     sync "$part"/* && mv -T "$part" "$PACK/$run" || { rm -rf "$part"; return 1; }
   archive
   rm -f "$RUNS/$run/"ckpt_{prev,best}.pt
@@ -112,10 +113,11 @@ train() {  # arm, seed
 }
 
 measure_and_pack() {  # arm, seed
-  local run=$1_${SCALE}_$2
+  local run=$1_${SCALE}_$2 untrained=
+  [ "$2" != "$CLOSER" ] || untrained=$RUNS/$run/ckpt_0.pt
   logged "$run" "$PYTHON" measure.py --ckpt "$RUNS/$run/ckpt.pt" &&
     logged "$run" "$PYTHON" measure.py --ckpt "$RUNS/$run/ckpt_0.pt" &&
-    logged "$run" "$PYTHON" $HERE/controls.py --ckpt "$RUNS/$run/"{ckpt,ckpt_0}.pt && pack "$run"
+    logged "$run" "$PYTHON" $HERE/controls.py --ckpt "$RUNS/$run/ckpt.pt" $untrained && pack "$run"
   touch "$CLAIMS/$1.$2/ended"
 }
 
