@@ -5,11 +5,15 @@ Prints the tables of the README and of results/README.md from the files in resul
 """
 import json
 import sys
+from functools import cache
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(RESULTS / 'pysource_160m'))
 import verdicts  # noqa: E402
+from verdicts import markdown  # noqa: E402
+
+read_runs = cache(verdicts.read_runs)
 
 COLUMNS = {'fixed_dim_ratio': 'fixed-dimension ratio', 'start_ratio': 'start ratio', 'start_token_concentration': 'start-token conc.',
            'persistence': 'persistence', 'kurtosis': 'kurtosis', 'max_over_median': 'max over median'}
@@ -19,34 +23,32 @@ def cell(q):
     return f"{q['value']:.3g} [{q['low']:.3g}, {q['high']:.3g}]"
 
 
+def named(stream, s):
+    """The decoded stream is bold."""
+    return f'**{stream}**' if s['decoded'] else stream
+
+
 def table(folder):
     """folder: one that holds <run>/measure.json. Returns a Markdown table: a line for each run and stream, 95% intervals over sequences."""
-    lines = ['| run | stream | loss (nats per token) | ' + ' | '.join(COLUMNS.values()) + ' |', '|---|---|---|' + '---|' * len(COLUMNS)]
+    rows = []
     for path in sorted(Path(folder).glob('*/measure.json')):
         report = json.loads(path.read_text())
-        for stream, s in report['streams'].items():
-            name = f'**{stream}**' if s['decoded'] else stream
-            lines.append(f"| {path.parent.name} | {name} | {cell(report['loss'])} | " + ' | '.join(cell(s[key]) for key in COLUMNS) + ' |')
-    return '\n'.join(lines)
+        rows += [(path.parent.name, named(stream, s), cell(report['loss']), *(cell(s[key]) for key in COLUMNS)) for stream, s in report['streams'].items()]
+    return markdown(['run', 'stream', 'loss (nats per token)', *COLUMNS.values()], rows)
 
 
 def arms(folder):
     """folder: one that holds <arm>_<scale>_<seed>/measure.json. Returns a Markdown table: a line for each arm and stream, the values of all its seeds, without intervals."""
-    runs, found = verdicts.read_runs(folder), {}
-    for (arm, seed), run in runs.items():
+    found = {}
+    for (arm, seed), run in read_runs(folder).items():
         for stream, s in run['measure']['streams'].items():
-            line = found.setdefault((arm, f'**{stream}**' if s['decoded'] else stream), [])
-            line.append([str(seed), f"{run['measure']['val_loss']:.3f}", *(f"{s[key]['value']:.3g}" for key in COLUMNS)])
-    lines = ['| arm | seeds | stream | loss | ' + ' | '.join(COLUMNS.values()) + ' |', '|---|---|---|---|' + '---|' * len(COLUMNS)]
-    for (arm, stream), line in found.items():
-        seeds, *cells = [', '.join(values) for values in zip(*line)]
-        lines.append(f'| {arm} | {seeds} | {stream} | ' + ' | '.join(cells) + ' |')
-    return '\n'.join(lines)
+            found.setdefault((arm, named(stream, s)), []).append([str(seed), f"{run['measure']['val_loss']:.3f}", *(f"{s[key]['value']:.3g}" for key in COLUMNS)])
+    return markdown(['arm', 'stream', 'seeds', 'loss', *COLUMNS.values()], [(*key, *(', '.join(values) for values in zip(*lines))) for key, lines in found.items()])
 
 
 def fits():
     """The fits of emergence.py: for each stream of the sweep, and for each stream of each 160m run."""
-    lines = ['| runs | stream | series | mean R² (least) | f is best by AIC | all five identifiable | early peak / log increase / neither |', '|---|---|---|---|---|---|---|']
+    rows = []
     for name in ('sweep', '160m'):
         summary = json.loads((RESULTS / 'emergence' / name / 'emergence.json').read_text())['summary']
         groups = {}
@@ -56,19 +58,19 @@ def fits():
             count = {key: sum(line[key] for line in some) for key in ('fitted', 'f_preferred', 'identifiable')}
             r2 = sum(line['r2'] * line['fitted'] for line in some) / count['fitted']
             classes = ' / '.join(str(sum(line['classes'].get(key, 0) for line in some)) for key in ('early peak', 'log increase', 'neither'))
-            lines.append(f"| {run} | {stream} | {count['fitted']} | {r2:.3f} ({min(line['r2_least'] for line in some):.2f}) | {count['f_preferred']} | {count['identifiable']} | {classes} |")
-    return '\n'.join(lines)
+            rows.append((run, stream, count['fitted'], f"{r2:.3f} ({min(line['r2_least'] for line in some):.2f})", count['f_preferred'], count['identifiable'], classes))
+    return markdown(['runs', 'stream', 'series', 'mean R² (least)', 'f is best by AIC', 'all five identifiable', 'early peak / log increase / neither'], rows)
 
 
 def predictions():
     """How well emergence.py predicts what it has not seen from the architecture."""
     words = {'curve': 'the whole curve', 'final': 'ratio at the end', 'half_step': 'step of half height'}
     found = json.loads((RESULTS / 'emergence/sweep/emergence.json').read_text())['prediction']
-    lines = ['| predicted | series | R², architectures left out | R², random split | of h, D, C alone |', '|---|---|---|---|---|']
+    rows = []
     for key, line in found.items():
-        arms = ', '.join('–' if arm not in line['r2_of_arm'] else f"{line['r2_of_arm'][arm]:.2f}" for arm in ('baseline/h', 'ledger/D', 'ledger/C'))
-        lines.append(f"| {words.get(key, key)} | {line['n']} | {line['r2_architectures_out']:.2f} | {line['r2_random_split']:.2f} | {arms} |")
-    return '\n'.join(lines)
+        alone = ', '.join('–' if arm not in line['r2_of_arm'] else f"{line['r2_of_arm'][arm]:.2f}" for arm in ('baseline/h', 'ledger/D', 'ledger/C'))
+        rows.append((words.get(key, key), line['n'], f"{line['r2_architectures_out']:.2f}", f"{line['r2_random_split']:.2f}", alone))
+    return markdown(['predicted', 'series', 'R², architectures left out', 'R², random split', 'of h, D, C alone'], rows)
 
 
 CHANGES = {'the four largest entries of each sequence, zeroed': ('stream', 'top', 'zero', 'once'), 'the four largest at the start token, zeroed': ('stream', 'start', 'zero', 'once'),
@@ -88,12 +90,12 @@ def interventions(names, changes):
         run, stream = EDITED[name]
         results = [r for r in json.loads((RESULTS / run / 'intervene.json').read_text())['results'] if r['stream'] == stream]
         found[f"{name} after {results[0]['sublayer']}"] = {tuple(r[key] for key in ('where', 'what', 'how', 'reach')): r for r in results}
-    lines = ['| changed | ' + ' | '.join(found) + ' |', '|---|' + '---|' * len(found)]
+    rows = []
     for words, key in changes.items():
         cells = ['–' if key not in of else '{value:.3f} [{low:.3f}, {high:.3f}]'.format(**of[key]['edit']['ratio']) + f"; {of[key]['controls']['moved']['ratio']['value']:.3f}"
                  for of in found.values()]
-        lines.append(f'| {words} | ' + ' | '.join(cells) + ' |')
-    return '\n'.join(lines)
+        rows.append((words, *cells))
+    return markdown(['changed', *found], rows)
 
 
 PROBED = ('token class', 'next token class', 'position', 'line start', 'bracket depth', 'inside')
@@ -101,16 +103,16 @@ PROBED = ('token class', 'next token class', 'position', 'line start', 'bracket 
 
 def probes():
     """Balanced accuracy of linear probes in percent, smallest and largest over the seeds, where the fixed-dimension ratio is largest."""
-    lines = ['| stream | told | ' + ' | '.join(PROBED) + ' |', '|---|---|' + '---|' * len(PROBED)]
+    rows = []
     for name, (run, stream) in EDITED.items():
         if not (RESULTS / run / 'probe.json').exists():
             continue
         place = json.loads((RESULTS / run / 'probe.json').read_text())['streams'][stream][0]
         for told in ('mean', 'start', 'random', 'all'):
             cells = ['{value:.0f} [{low:.0f}, {high:.0f}]'.format(**{k: 100 * v for k, v in place['tasks'][task]['linear'][told]['balanced'].items()}) for task in PROBED]
-            lines.append(f"| {name} after {place['sublayer']} | {told} | " + ' | '.join(cells) + ' |')
+            rows.append((f"{name} after {place['sublayer']}", told, *cells))
         cells = [f"{100 / len(place['tasks'][task]['classes']):.0f}" for task in PROBED]
-    return '\n'.join([*lines, '| | chance | ' + ' | '.join(cells) + ' |'])
+    return markdown(['stream', 'told', *PROBED], [*rows, ('', 'chance', *cells)])
 
 
 SCALING = ('bench_290m_32.json', 'two_gpus_290m.json')
@@ -119,13 +121,13 @@ SCALING = ('bench_290m_32.json', 'two_gpus_290m.json')
 def scaling():
     """290m, 32 sequences a GPU: tokens/s over all GPUs, efficiency against one, and the share of a step spent waiting for gradients."""
     one, two = (json.loads((RESULTS / 'h100' / name).read_text()) for name in SCALING)
-    lines = ['| arm | GPUs | thousand tokens/s | efficiency | waiting for gradients | ledger ÷ baseline |', '|---|---|---|---|---|---|']
+    rows = []
     for report in (one, two):
         for arm, line in report['arms'].items():
             n = report['processes']
-            lines.append(f"| {arm}_290m | {n} | {line['tokens_per_s'] / 1000:.0f} | {line['tokens_per_s'] / n / one['arms'][arm]['tokens_per_s']:.2f} | "
-                         f"{'–' if n == 1 else format(line['waiting_for_gradients'], '.1%')} | {line['ratio']:.2f} |")
-    return '\n'.join(lines)
+            rows.append((f'{arm}_290m', n, f"{line['tokens_per_s'] / 1000:.0f}", f"{line['tokens_per_s'] / n / one['arms'][arm]['tokens_per_s']:.2f}",
+                         '–' if n == 1 else f"{line['waiting_for_gradients']:.1%}", f"{line['ratio']:.2f}"))
+    return markdown(['arm', 'GPUs', 'thousand tokens/s', 'efficiency', 'waiting for gradients', 'ledger ÷ baseline'], rows)
 
 
 def sentences():
@@ -145,15 +147,14 @@ def sentences():
     found = [(with_class['p'], s['stream'], kind) for report in looked for s in report['streams'] for kind, with_class in s['with'].items() if with_class['p'] is not None]
     least, stream, kind = min(found)
     one, two = ({arm: line['tokens_per_s'] for arm, line in json.loads((RESULTS / 'h100' / name).read_text())['arms'].items()} for name in SCALING)
-    judged = {folder.name: verdicts.judge(verdicts.read_runs(folder)) for folder in sorted(RESULTS.glob('comparison_*'))}
-    compared = verdicts.read_runs(RESULTS / 'comparison_160m')
+    judged = {folder.name: verdicts.judge(read_runs(folder)) for folder in sorted(RESULTS.glob('comparison_*'))}
+    compared = read_runs(RESULTS / 'comparison_160m')
     behind = {seed: verdicts.nearest_baseline(compared, seed)[1] for arm, seed in compared if arm == 'ledger'}
     speed = {scale: json.loads((RESULTS / 'h100' / f'bench_{scale}_bf16.json').read_text())['arms'] for scale in ('160m', '290m')}
     measured = json.loads((RESULTS / 'h100/bench_measure.json').read_text())['arms']
     quick, windows = speed['160m'], [run['controls']['windows'] for run in compared.values()]
     most = max(abs(w['anywhere_bfloat16']['streams'][stream][key]['value'] / q[key]['value'] - 1) for w in windows for stream, q in w['anywhere']['streams'].items() for key in COLUMNS)
-    return {**{f'verdicts, {name}': '; '.join(f"{text}: {word.split(';')[0]}{')' * (';' in word and ')' not in word.split(';')[0])}" for text, word, _ in claims.values())
-               for name, claims in judged.items()},
+    return {**{f'verdicts, {name}': '; '.join(f"{text}: {word.partition('; needs')[0]}" for text, word, _ in claims.values()) for name, claims in judged.items()},
             'matched': "the ledger's loss is " + ' and '.join(f"{abs(x):.3f} nats {'above' if x > 0 else 'below'} (seed {seed})" for seed, x in behind.items()) + " the baseline's",
             'speed': '; '.join(f"{scale}, baseline {arms['baseline']['tokens_per_s'] / 1000:.0f} and ledger {arms['ledger']['tokens_per_s'] / 1000:.0f} thousand tokens/s "
                                f"({arms['ledger']['ratio']:.2f})" for scale, arms in speed.items()),
@@ -174,10 +175,10 @@ def tables():
     short = {words: key for words, key in CHANGES.items() if key[0] == 'stream' and key[1] in ('start', 'dims')}
     folders = sorted({path.parent.parent for path in RESULTS.glob('*/*/measure.json')})
     compared = [folder for folder in folders if folder.name.startswith('comparison_')]
-    return {**{folder.name: table(folder) for folder in folders}, **{f'arms, {folder.name}': arms(folder) for folder in compared}, 'verdicts, demo_long': verdicts.verdict_table(verdicts.read_runs(RESULTS / 'demo_long')),
+    return {**{folder.name: table(folder) for folder in folders}, **{f'arms, {folder.name}': arms(folder) for folder in compared},
+            'verdicts, demo_long': verdicts.verdict_table(read_runs(RESULTS / 'demo_long')),
             'fits': fits(), 'predictions': predictions(), 'interventions': interventions([*list(EDITED)[:3], 'longer demo, ledger, C'], short),
-            **{f'{name}, {folder.name}': of(runs) for folder in compared for runs in [verdicts.read_runs(folder)]
-               for name, of in verdicts.TABLES.items() if name != 'Evidence'},
+            **{f'{name}, {folder.name}': of(read_runs(folder)) for folder in compared for name, of in verdicts.TABLES.items() if name != 'Evidence'},
             'interventions, all': interventions(EDITED, CHANGES), 'probes': probes(), 'scaling': scaling()}
 
 
