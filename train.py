@@ -265,6 +265,7 @@ class Run:
         self.graphs = config.compile and config.cuda_graphs and cuda
         if config.compile:
             self.compile_parts()
+        # fewer, larger exchanges: results/h100/buckets.json
         self.wrapped = DistributedDataParallel(self.step_model, gradient_as_bucket_view=True, bucket_cap_mb=100) if self.world.size > 1 else self.step_model
         self.constants = {'model_args': asdict(self.model.config), 'config': asdict(config), 'data_sha256': meta.get('sha256')}
         self.iter_num, self.val_loss, self.best_val_loss = 0, math.inf, math.inf

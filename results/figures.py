@@ -3,6 +3,8 @@ Draws what several runs say together, from the files in results/ alone; a figure
 
     python results/figures.py
 
+Of results/ itself these are the sets named in SETS; of another folder, all of its sets.
+
 dose_<scale>.png  the decoded stream of the ledger against α, the price of committing: runs ledger, ledger_hs and ledger_a<α> of one scale, every seed
 scale.png         the decoded stream's signature at demo, 160m and 290m, per arm, every seed
 """

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import bench
 from data.loader import atomic_write
 
-KINDS = {'products': 'nvjet|gemm|splitK|cutlass', 'attention': 'cudnn|sdpa|flash', "kernels.py's": '(read|deliberate|direction|add_product|gradient_[aU])_kernel', 'cross entropy': 'log_softmax',
-         'gelu': 'gelu', 'optimizer and clip': 'multi_tensor|lpnorm', 'other fused elementwise and sums': 'triton_'}
+KINDS = {'products': 'nvjet|gemm|splitK|cutlass', 'attention': 'cudnn|sdpa|flash', "kernels.py's": '(deliberate|direction|add_product|gradient_[aU]|gradient_read)_kernel',
+         'cross entropy': 'log_softmax|logsumexp', 'gelu': 'gelu', 'optimizer and clip': 'multi_tensor|lpnorm', 'other fused elementwise and sums': 'triton_'}
 
 
 def kind_of(name):

@@ -20,7 +20,7 @@ SEEDS=${SEEDS:-1337}     # all arms of the first seed come before the next
 QUEUE=${QUEUE:-$(for seed in $SEEDS; do for arm in $ARMS; do echo "$arm.$seed"; done; done)} # or any runs in any order: "ledger_hs.1338 ledger_a0.1.1337"
 CLOSER=${CLOSER:-1337}   # the seed whose baseline and ledger go through intervene.py and probe.py as well, and whose untrained weights through controls.py
 SEQUENCES=${SEQUENCES:-64} # of intervene.py
-GPUS=${GPUS-0 1}         # a run at a time on each; "0 0" puts two on one, at 160m slower than one after the other; "" is the CPU
+GPUS=${GPUS-0 1}         # a run at a time on each; "0 0" puts two on one, which at 160m gains nothing; "" is the CPU
 DATASET=${DATASET:-pysource}
 SNAPSHOTS=${SNAPSHOTS:-0} # iterations whose weights are kept: 0, for the untrained model; with five that are evaluated, results/emergence/onset.py looks at them
 EXTRA=${EXTRA:-}         # settings for every run, like "--lr=6e-4": then RUNS and PACK of their own, and a folder of their own beside this one
@@ -83,8 +83,7 @@ pack() {  # a run appears under its name only when it is whole
   local run=$1 part="$PACK/.$1.$BASHPID"
   rm -rf "$PACK/.$run."*
   mkdir -p "$part"
-  [ ! -e "$RUNS/$run/controls_0.json" ] || cp "$RUNS/$run/controls_0.json" "$part"
-  cp "$RUNS/$run/"{log.jsonl,measure{,_0}.json,controls.json,profile{,_0}.png,landscape.png,series.png} "$part" && describe "$run" > "$part/recipe.json" &&
+  cp "$RUNS/$run/"{log.jsonl,measure{,_0}.json,controls*.json,profile{,_0}.png,landscape.png,series.png} "$part" && describe "$run" > "$part/recipe.json" &&
     sync "$part"/* && mv -T "$part" "$PACK/$run" || { rm -rf "$part"; return 1; }
   archive
   rm -f "$RUNS/$run/"ckpt_{prev,best}.pt
