@@ -32,7 +32,7 @@ from model import GPT, RESIDUALS, Ledger, Sublayer, twin
 HALF = torch.bfloat16  # of what enters a matrix product
 PTX = tl.constexpr(bool(torch.version.cuda) and not triton.knobs.runtime.interpret)
 # What one program does: tiles of ROWS × COLUMNS, LOOP of them down the rows or all across the columns. results/h200/tiles.py times them.
-DELIBERATE = dict(ROWS=64, COLUMNS=32, LOOP=16, STAGES=3, num_warps=4)
+DELIBERATE = dict(ROWS=64, COLUMNS=64, LOOP=16, STAGES=2, num_warps=8)
 GRADIENT_A = dict(ROWS=64, COLUMNS=32, STAGES=3, num_warps=4)
 GRADIENT_U = dict(ROWS=64, COLUMNS=32, LOOP=32, STAGES=2, num_warps=4)
 GRADIENT_READ = dict(ROWS=2, LOOP=32, STAGES=3)
@@ -438,25 +438,22 @@ def outputs_and_gradients(model, idx):
 
 
 def fast(model):
-    """Returns as_fast(model); or None if the model's formulas are not those of the kernels, which a small random model shows (model.py is
-    there to be changed), or if the kernels cannot run at the model's own widths on its device."""
+    """Returns as_fast(model); or None if the kernels cannot run at the model's widths on its device, or if its formulas are not theirs (model.py
+    is there to be changed): a random model of one layer shows both."""
     config, device = model.config, model.norm.weight.device
     if RESIDUALS.get(config.residual) is not Ledger or config.gate_rank > 128 or config.n_embd % 16:
         return None
-    own = replace(config, n_layer=1, vocab_size=64, block_size=64)
-    small = replace(own, n_head=2, n_embd=32)  # few dimensions: every term of the formula counts
     idx = torch.arange(64, device=device)[None]
     try:
-        for sizes, *tolerances in ((small, 0.03, 0.03), (own, 0.3, 0.5)):
-            with torch.random.fork_rng(devices=[]), torch.no_grad():
-                plain = GPT(sizes)
-                for name, parameter in plain.named_parameters():
-                    parameter += 0.2 * torch.randn_like(parameter) + 3 * name.endswith('erase_gate.U.bias')  # gates half open
-            expected = outputs_and_gradients(plain.to(device), idx)
-            with torch.autocast(device.type, HALF):
-                found = outputs_and_gradients(as_fast(plain), idx)
-            if not all((x - y).norm() < tolerance * y.norm() for x, y, tolerance in zip(found, expected, tolerances)):
-                return None
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            plain = GPT(replace(config, n_layer=1, vocab_size=64, block_size=64))
+            for name, parameter in plain.named_parameters():  # every term of the formula counts: gates are half open, products neither vanish nor outgrow the rest
+                parameter += 0.2 * torch.randn_like(parameter) * (32 / parameter.shape[-1] if parameter.dim() == 2 else 1) ** 0.5 + 3 * name.endswith('erase_gate.U.bias')
+        expected = outputs_and_gradients(plain.to(device), idx)
+        with torch.autocast(device.type, HALF):
+            found = outputs_and_gradients(as_fast(plain), idx)
+        if not all((x - y).norm() < tolerance * y.norm() for x, y, tolerance in zip(found, expected, (0.04, 0.08))):  # bfloat16 alone: 0.014, 0.037 at most
+            return None
     except (AttributeError, TypeError, ValueError, RuntimeError, triton.runtime.errors.OutOfResources):  # other parts, or a GPU too small for the tiles
         return None
     return as_fast(model)
