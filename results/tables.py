@@ -4,6 +4,7 @@ Prints the tables of the README and of results/README.md from the files in resul
     python results/tables.py
 """
 import json
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -38,12 +39,30 @@ def table(folder):
 
 
 def arms(folder):
-    """folder: one that holds <arm>_<scale>_<seed>/measure.json. Returns a Markdown table: a line for each arm and stream, the values of all its seeds, without intervals."""
+    """folder: one that holds <arm>_<scale>_<seed>/measure.json. Returns a Markdown table: a line for each arm and stream, the values of all its seeds, without intervals.
+    Other doses of α are left out, which have a figure, and the shorter cosines, which are there for the loss they end at."""
     found = {}
     for (arm, seed), run in read_runs(folder).items():
-        for stream, s in run['measure']['streams'].items():
-            found.setdefault((arm, named(stream, s)), []).append([str(seed), f"{run['measure']['val_loss']:.3f}", *(f"{s[key]['value']:.3g}" for key in COLUMNS)])
+        for stream, s in run['measure']['streams'].items() if not re.match(rf'ledger_a\d|{verdicts.SHORT}', arm) else ():
+            found.setdefault((arm, named(stream, s)), []).append([str(seed), f"{run['measure']['val_loss']:.3f}", *(verdicts.short(s[key]['value'], 3) for key in COLUMNS)])
     return markdown(['arm', 'stream', 'seeds', 'loss', *COLUMNS.values()], [(*key, *(', '.join(values) for values in zip(*lines))) for key, lines in found.items()])
+
+
+def claims(folders):
+    """The verdicts on every claim, a column for each folder of runs."""
+    judged = [verdicts.judge(read_runs(RESULTS / folder)) for folder in folders]
+    said = lambda word: word.partition('; needs')[0] if not word.startswith('cannot') else 'not judged yet'
+    names = [{'demo_long': 'demo, five times longer'}.get(folder, folder.removeprefix('comparison_')) for folder in folders]
+    return markdown(['claim', *names], [(judged[0][key][0], *(said(one[key][1]) for one in judged)) for key in judged[0]])
+
+
+def outliers(folder):
+    """In words: of how many seeds of each arm each stream has a start-token outlier by the rule of verdicts.py."""
+    found = {}
+    for (arm, seed), run in read_runs(folder).items():
+        for stream in run['measure']['streams'] if run['untrained'] and not arm.startswith(verdicts.SHORT) else ():
+            found.setdefault(arm, {}).setdefault(stream, []).append(all(line['holds'] for line in verdicts.existence(run, stream, seed)))
+    return ', '.join(f'`{arm}` ' + ', '.join(f'{stream} {sum(has)} of {len(has)}' for stream, has in streams.items()) for arm, streams in found.items())
 
 
 def fits():
@@ -147,15 +166,16 @@ def sentences():
     found = [(with_class['p'], s['stream'], kind) for report in looked for s in report['streams'] for kind, with_class in s['with'].items() if with_class['p'] is not None]
     least, stream, kind = min(found)
     one, two = ({arm: line['tokens_per_s'] for arm, line in json.loads((RESULTS / 'h100' / name).read_text())['arms'].items()} for name in SCALING)
-    judged = {folder.name: verdicts.judge(read_runs(folder)) for folder in sorted(RESULTS.glob('comparison_*'))}
     compared = read_runs(RESULTS / 'comparison_160m')
-    behind = {seed: verdicts.nearest_baseline(compared, seed)[1] for arm, seed in compared if arm == 'ledger'}
+    losses = {key: run['measure']['val_loss'] for key, run in compared.items()}
+    behind = {seed: losses[key] - losses['baseline', seed] for key in losses for arm, seed in [key] if arm == 'ledger'}
     speed = {scale: json.loads((RESULTS / 'h100' / f'bench_{scale}_bf16.json').read_text())['arms'] for scale in ('160m', '290m')}
     measured = json.loads((RESULTS / 'h100/bench_measure.json').read_text())['arms']
     quick, windows = speed['160m'], [run['controls']['windows'] for run in compared.values()]
-    most = max(abs(w['anywhere_bfloat16']['streams'][stream][key]['value'] / q[key]['value'] - 1) for w in windows for stream, q in w['anywhere']['streams'].items() for key in COLUMNS)
-    return {**{f'verdicts, {name}': '; '.join(f"{text}: {word.partition('; needs')[0]}" for text, word, _ in claims.values()) for name, claims in judged.items()},
-            'matched': "the ledger's loss is " + ' and '.join(f"{abs(x):.3f} nats {'above' if x > 0 else 'below'} (seed {seed})" for seed, x in behind.items()) + " the baseline's",
+    pairs = [(w['anywhere_bfloat16']['streams'][stream][key]['value'], q[key]['value']) for w in windows for stream, q in w['anywhere']['streams'].items() for key in COLUMNS]
+    most = max(abs(x - y) / (abs(y) or 1) for x, y in pairs)
+    return {**{f'outliers, {folder.name}': outliers(folder) for folder in sorted(RESULTS.glob('comparison_*'))},
+            'lag': "the ledger's loss less the baseline's: " + ', '.join(f'{x:+.3f}' for x in behind.values()) + ' nats',
             'speed': '; '.join(f"{scale}, baseline {arms['baseline']['tokens_per_s'] / 1000:.0f} and ledger {arms['ledger']['tokens_per_s'] / 1000:.0f} thousand tokens/s "
                                f"({arms['ledger']['ratio']:.2f})" for scale, arms in speed.items()),
             'memory': f"{quick['baseline']['peak_memory_GB']:.1f} and {quick['ledger']['peak_memory_GB']:.1f} GB, {quick['baseline']['first_step_s']:.0f} and "
@@ -176,7 +196,7 @@ def tables():
     folders = sorted({path.parent.parent for path in RESULTS.glob('*/*/measure.json')})
     compared = [folder for folder in folders if folder.name.startswith('comparison_')]
     return {**{folder.name: table(folder) for folder in folders}, **{f'arms, {folder.name}': arms(folder) for folder in compared},
-            'verdicts, demo_long': verdicts.verdict_table(read_runs(RESULTS / 'demo_long')),
+            'claims': claims(['demo_long', *(folder.name for folder in compared)]), 'verdicts, demo_long': verdicts.verdict_table(read_runs(RESULTS / 'demo_long')),
             'fits': fits(), 'predictions': predictions(), 'interventions': interventions([*list(EDITED)[:3], 'longer demo, ledger, C'], short),
             **{f'{name}, {folder.name}': of(read_runs(folder)) for folder in compared for name, of in verdicts.TABLES.items() if name != 'Evidence'},
             'interventions, all': interventions(EDITED, CHANGES), 'probes': probes(), 'scaling': scaling()}
