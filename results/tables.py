@@ -174,7 +174,7 @@ def sentences():
     quick, windows = speed['160m'], [run['controls']['windows'] for run in compared.values()]
     pairs = [(w['anywhere_bfloat16']['streams'][stream][key]['value'], q[key]['value']) for w in windows for stream, q in w['anywhere']['streams'].items() for key in COLUMNS]
     most = max(abs(x - y) / (abs(y) or 1) for x, y in pairs)
-    return {**{f'outliers, {folder.name}': outliers(folder) for folder in sorted(RESULTS.glob('comparison_*'))},
+    return {**{f'outliers, {folder.name}': outliers(folder) for folder in sorted({path.parent.parent for path in RESULTS.glob('comparison_*/*/measure.json')})},
             'lag': "the ledger's loss less the baseline's: " + ', '.join(f'{x:+.3f}' for x in behind.values()) + ' nats',
             'speed': '; '.join(f"{scale}, baseline {arms['baseline']['tokens_per_s'] / 1000:.0f} and ledger {arms['ledger']['tokens_per_s'] / 1000:.0f} thousand tokens/s "
                                f"({arms['ledger']['ratio']:.2f})" for scale, arms in speed.items()),
