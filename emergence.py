@@ -61,15 +61,16 @@ class Series:
     loss_half: float = None  # the step at which half of the fall of its validation loss is behind it
 
 
-def model_args(folder):
-    """Returns the model's settings of a run, from the smallest file that has them, or None."""
+def settings(folder):
+    """Returns the model's settings of a run, from the smallest file that has them, or None, and what made the run, where that file says so."""
     for name, key in (('run.json', 'model_args'), ('measure.json', 'model')):
         if (folder / name).exists():
             try:
-                return json.loads((folder / name).read_text())[key]
+                found = json.loads((folder / name).read_text())
+                return found[key], {k: found[k] for k in ('config', 'data_sha256') if k in found}
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise UserError(f'{folder / name} does not hold {key} ({error}): remove it, and the settings are read from elsewhere') from None
-    return load_checkpoint(folder / 'ckpt.pt')['model_args'] if (folder / 'ckpt.pt').exists() else None
+    return load_checkpoint(folder / 'ckpt.pt')['model_args'] if (folder / 'ckpt.pt').exists() else None, {}
 
 
 def pack(folder):
@@ -77,17 +78,14 @@ def pack(folder):
     lines = read_log(folder / 'log.jsonl')
     if not lines:
         raise UserError(f'there is no log.jsonl in {folder}: name folders of runs, files written with --pack, or --csv=FILE')
-
-    model = model_args(folder)  # says what is wrong with run.json
-    made = json.loads((folder / 'run.json').read_text()) if (folder / 'run.json').exists() else {}
+    model, made = settings(folder)
 
     def short(values):
         return [None if v is None else float(f'{v:.5g}') for v in values]
     try:
         streams = {stream: {key: [short(column) for column in zip(*(line['streams'][stream][key] for line in lines))] for key in KEPT}
                    for stream in lines[0]['streams']}
-        return {'run': folder.name, 'model_args': model, 'made': {key: made[key] for key in ('config', 'data_sha256') if key in made}, 'steps': [line['iter'] for line in lines],
-                'val_loss': short(line['val_loss'] for line in lines), 'streams': streams}
+        return {'run': folder.name, 'model_args': model, 'made': made, 'steps': [line['iter'] for line in lines], 'val_loss': short(line['val_loss'] for line in lines), 'streams': streams}
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f'{folder}/log.jsonl lacks the streams that train.py writes ({error}): train the run again') from None
 
@@ -688,20 +686,12 @@ def parse_arguments(argv):
     return args
 
 
-def run(argv):
-    args = parse_arguments(argv)
-    if args.arch:
-        return predict_arch(args)
-    try:
-        if args.pack:
-            lines = [json.dumps(packed, separators=(',', ':')) + '\n' for path in args.pack for packed in read_runs(path)]
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(args.out, 'w') as file:
-                file.writelines(lines)
-            return print(f'written: {args.out}, {len(lines)} runs, {sum(map(len, lines)):,} bytes')
-        analyse(args)
-    except OSError as error:
-        raise UserError(f'cannot write {error.filename} ({error.strerror}): name another place with --out') from None
+def write_packed(args):
+    lines = [json.dumps(packed, separators=(',', ':')) + '\n' for path in args.pack for packed in read_runs(path)]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(args.out, 'w') as file:
+        file.writelines(lines)
+    print(f'written: {args.out}, {len(lines)} runs, {sum(map(len, lines)):,} bytes')
 
 
 def analyse(args):
@@ -717,8 +707,9 @@ def analyse(args):
     if len(names) <= 4:
         print_fits(series, fits)
     print_summary(summary)
-    written, report = ['emergence.json', 'peaks.png'], {'schema': 1, 'ratio': 'csv: top1 / median' if args.csv else 'max_over_median', 'summary': summary,
-        'published_r2': PUBLISHED_R2, 'series': [{'run': x.run, 'stream': x.stream, 'sublayer': x.sublayer, **f} for x, f in zip(series, fits)]}
+    written = ['emergence.json', 'peaks.png']
+    report = {'schema': 1, 'ratio': 'csv: top1 / median' if args.csv else 'max_over_median', 'summary': summary, 'published_r2': PUBLISHED_R2,
+              'series': [{'run': x.run, 'stream': x.stream, 'sublayer': x.sublayer, **f} for x, f in zip(series, fits)]}
     if args.predict:
         predictor, left_out = make_predictor(series, fits)
         print_predictor(predictor)
@@ -743,7 +734,10 @@ def analyse(args):
 
 def main(argv=None):
     try:
-        run(argv)
+        args = parse_arguments(argv)
+        (predict_arch if args.arch else write_packed if args.pack else analyse)(args)
+    except OSError as error:
+        sys.exit(f'error: cannot write {error.filename} ({error.strerror}): name another place with --out')
     except UserError as error:
         sys.exit(f'error: {error}')
 
