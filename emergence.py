@@ -33,6 +33,7 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from data.loader import atomic_write
 from measure import STREAM_STYLE, figure, number, read_log
@@ -170,7 +171,7 @@ def columns_second(theta, t):
 
 
 FAMILIES = {  # name → parameters besides the noise's variance, columns beside the constant, box of what is searched
-    'constant': (1, None, lambda low, high: []),
+    'constant': (1, None, None),
     'logarithm': (3, lambda theta, t: np.log(t + np.exp(theta))[..., None, :], lambda low, high: [(low - 4, high + 2)]),
     'first order': (3, lambda theta, t: np.exp(-t * np.exp(-theta))[..., None, :], lambda low, high: [(low - 1, high + 3)]),
     'second order': (4, columns_second, lambda low, high: [(-high - 2, -low + 2), (math.log(0.05), math.log(20))]),
@@ -208,15 +209,14 @@ def solve(columns, theta, t, y, at):
 def search(columns, box, t, y, points=41, starts=3):
     """y: (S, n). Returns (S, p): for each series the θ in the box with the least residual. From the lowest local minima of a grid
     the search goes on in stencils of ±2 spacings, which halve whenever their best point is not on the rim."""
-    low, high = np.array(box).T
-    p, step = len(box), (high - low) / (points - 1)
-    grid = np.stack(np.meshgrid(*(np.linspace(a, b, points) for a, b in box), indexing='ij'), -1)
-    left = residual(columns(grid.reshape(-1, p), t), y[:, None]).reshape(len(y), *[points] * p)
+    (low, high), p = np.array(box).T, len(box)
+    grid = np.array(list(product(*np.linspace(low, high, points).T)))
+    left = residual(columns(grid, t), y[:, None]).reshape(len(y), *[points] * p)
     walled = np.pad(left, [(0, 0)] + [(1, 1)] * p, constant_values=np.inf)
-    lowest = np.min([walled[(slice(None), *(slice(o, o + points) for o in offset))] for offset in product(range(3), repeat=p)], 0)
+    lowest = sliding_window_view(walled, [3] * p, range(1, p + 1)).min(tuple(range(-p, 0)))
     order = np.where(left <= lowest, left, np.inf).reshape(len(y), -1).argsort(1, kind='stable')[:, :starts]
-    theta = grid.reshape(-1, p)[order]                                         # (S, starts, p)
-    step = np.broadcast_to(step, theta.shape).copy()
+    theta = grid[order]                                                        # (S, starts, p)
+    step = np.broadcast_to((high - low) / (points - 1), theta.shape)
     stencil = np.array(list(product(range(-2, 3), repeat=p)))
     for _ in range(60):
         around = np.clip(theta[:, :, None] + stencil * step[:, :, None] / 2, low, high)
@@ -253,6 +253,10 @@ def t_quantile(df):
     return z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2) + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * df**3)
 
 
+def interval(middle, half, back=float):
+    return {'value': number(back(middle)), 'low': number(back(middle - half)), 'high': number(back(middle + half))}
+
+
 def five(t, theta, coefficients, rss):
     """Returns the five parameters, or None, the peak, or None where none lies between the steps, each {"value", "low", "high"}, and why the five are None, or None."""
     (beta, tau), (A1, A2, K) = np.exp(theta), coefficients
@@ -271,18 +275,15 @@ def five(t, theta, coefficients, rss):
     at, peak = math.exp(w - g) - tau, None
     if A1 > 0 and t[0] < at < t[-1]:
         gradient = np.array([0, -(at + tau) * w / (1 + w), -at, -tau, 0])  # of the peak by the same five
-        h = np.linalg.norm(spread @ gradient)
-        peak = {'value': number(at), 'low': number(at - h), 'high': number(at + h)}
+        peak = interval(at, np.linalg.norm(spread @ gradient))
     if half[worst] > WIDEST:
         known = f'known within a factor of {math.exp(half[worst]):.0e} only' if half[worst] < math.log(1e6) else 'not known at all'
         return None, peak, f'not identifiable: {PARAMETERS[worst]} is {known}'
-    values = np.array([math.log(abs(A1)) + beta * tau, math.log(beta) - g, g, math.log(tau) + g])
-    parameters = {name: dict(zip(('value', 'low', 'high'), map(number, np.exp([v, v - h, v + h])))) for name, v, h in zip(PARAMETERS, values, half)}
+    logs = math.log(abs(A1)) + beta * tau, math.log(beta) - g, g, math.log(tau) + g
+    parameters = {name: interval(v, h, np.exp) for name, v, h in zip(PARAMETERS, logs, half)}
     if A1 < 0:
-        A = parameters['A']
-        parameters['A'] = {'value': -A['value'], 'low': -A['high'], 'high': -A['low']}
-    parameters['K'] = {'value': number(K), 'low': number(K - half[4]), 'high': number(K + half[4])}
-    return parameters, peak, None
+        parameters['A'] = interval(logs[0], -half[0], lambda v: -np.exp(v))
+    return {**parameters, 'K': interval(K, half[4])}, peak, None
 
 
 def refusal(t, r):
