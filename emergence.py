@@ -359,12 +359,11 @@ def fit_all(series):
 # ---- Prediction from the architecture
 
 SHAPE = ('n_layer', 'n_head', 'n_embd', 'mlp_ratio')  # what an architecture is: an arm is not part of it, so that both arms leave together
-TARGETS = {  # name → its value in a fit, or None; the scale on which it is regressed; the way back
-    'final': (lambda f: f.get('final') if (f.get('final') or 0) > 0 else None, np.log, np.exp),
-    'peak_step': (lambda f: f.get('peak') and f['peak']['value'], np.log, np.exp),
-    'half_step': (lambda f: f.get('half_step') or None, np.log, np.exp),
-    **{name: (lambda f, name=name: f.get('parameters') and f['parameters'][name]['value'],
-              np.arcsinh if name in 'AK' else np.log, np.sinh if name in 'AK' else np.exp) for name in PARAMETERS}}
+TARGETS = {  # name → its value in a fit, or None
+    'final': lambda f: f['final'] if (f['final'] or 0) > 0 else None,
+    'peak_step': lambda f: f['peak'] and f['peak']['value'],
+    'half_step': lambda f: f['half_step'] or None,
+    **{name: lambda f, name=name: f['parameters'] and f['parameters'][name]['value'] for name in PARAMETERS}}
 ASKED = {'final': 'ratio at the end of training', 'half_step': 'step of half height', 'peak_step': 'step of the peak'}
 
 
@@ -440,11 +439,8 @@ def regress(rows, y, arms):
     groups = np.unique([architecture(x.model) for x, _ in rows], axis=0, return_inverse=True)[1].ravel()
     each = np.arange(len(rows))
     predicted, mixed = validate(X, y, groups, groups), validate(X, y, np.random.RandomState(0).permutation(each) % 5, each)
-    r2, keys, carried = r_squared(y, predicted), list(table[0]), {}
-    for name in [*(key for key in keys if ':' not in key), 'arm and depth']:
-        without = [i for i, key in enumerate(keys) if key != name and not (name == 'arm and depth' and ':' in key)]
-        if r2 is not None:
-            carried[name] = number(r2 - r_squared(y, validate(X[:, without], y, groups, groups)))
+    r2, names = r_squared(y, predicted), np.array(['arm and depth' if ':' in key else key for key in table[0]])
+    carried = {name: number(r2 - r_squared(y, validate(X[:, names != name], y, groups, groups))) for name in dict.fromkeys(names.tolist())} if r2 is not None else {}
     (weights,), (intercept,) = ridge(X, y, [choose_penalty(X, y, groups)])
     return {'n': len(rows), 'architectures': len(set(groups)), 'r2_architectures_out': r2, 'r2_random_split': r_squared(y, mixed),
             'r2_of_arm': {a: r_squared(y[of_arm == a], predicted[of_arm == a]) for a in arms if (of_arm == a).any()},
@@ -453,7 +449,7 @@ def regress(rows, y, arms):
 
 
 def make_predictor(series, fits):
-    """Returns predictor.json's content and {target: (rows, actual, predicted)} in the target's own units, for left-out architectures."""
+    """Returns predictor.json's content and {target: (rows, actual, predicted)}, on the scale of the regression, for left-out architectures."""
     known = [(x, f) for x, f in zip(series, fits) if x.model and 'curve' in f]
     if len({architecture(x.model) for x, _ in known}) < 3:
         raise UserError('--predict needs fitted runs of at least 3 architectures with known settings: train more with results/emergence/sweep.sh')
@@ -462,24 +458,22 @@ def make_predictor(series, fits):
     if len(rows) < len(known):
         print(f'predictor: {len(known) - len(rows)} series that do not end at step {last:g}, as most do, are left out')
     arms = sorted({arm(x.model, x.stream) for x, _ in rows})
-    predictor, left_out = {'schema': 1, 'arms': arms, 'last_step': last, 'range': {key: [min(v), max(v)] for key, v in
-                           zip(SHAPE, zip(*(architecture(x.model) for x, _ in rows)))}, 'targets': {}}, {}
-    first = min(x.t[x.t > 0][0] for x, _ in rows)
-    predictor['steps'] = np.unique(np.geomspace(first, last, 25).round()).tolist()
-    curves = np.array([curve_at(f, np.array(predictor['steps'])) for _, f in rows])
-    low = np.array([x.r.min() for x, _ in rows])[:, None]  # a fitted curve may undershoot its data; a ratio is positive
-    jobs = {'curve': (rows, np.log(np.maximum(curves, np.maximum(low, 1))))}
-    for name, (value, forward, _) in TARGETS.items():
+    ranges = {key: [min(v), max(v)] for key, v in zip(SHAPE, zip(*(architecture(x.model) for x, _ in rows)))}
+    steps = np.unique(np.geomspace(min(x.t[x.t > 0][0] for x, _ in rows), last, 25).round())
+    floor = [[max(x.r.min(), 1)] for x, _ in rows]  # a fitted curve may undershoot its data; a ratio is positive
+    jobs = {'curve': (rows, np.log(np.maximum([curve_at(f, steps) for _, f in rows], floor)))}
+    for name, value in TARGETS.items():
         some = [(x, f) for x, f in rows if value(f) is not None]
-        jobs[name] = some, forward(np.array([[value(f)] for _, f in some], float)) if some else None
+        jobs[name] = some, (np.arcsinh if name in ('A', 'K') else np.log)([[value(f)] for _, f in some])
+    targets, left_out = {}, {}
     for name, (some, y) in jobs.items():
         count = len({architecture(x.model) for x, _ in some})
         if count < 3 or len(some) < 20:
             print(f'predictor: {name} is known of {len(some)} series of {count} architectures only: not regressed')
             continue
-        predictor['targets'][name], predicted = regress(some, y, arms)
+        targets[name], predicted = regress(some, y, arms)
         left_out[name] = some, y, predicted
-    return predictor, left_out
+    return {'schema': 1, 'arms': arms, 'last_step': last, 'range': ranges, 'targets': targets, 'steps': steps.tolist()}, left_out
 
 
 # ---- What is printed
@@ -553,7 +547,7 @@ def print_predictor(predictor):
 def print_expected(predictor, model, stream):
     """Prints the curve that is expected of each sublayer, and what a person asks for."""
     X = np.array([list(features(model, stream, s, predictor['arms']).values()) for s in range(2 * model['n_layer'])])
-    raw = {name: X @ np.array(target['weights']) + target['intercept'] for name, target in predictor['targets'].items()}
+    expected = {name: np.exp(X @ np.array(target['weights']) + target['intercept']) for name, target in predictor['targets'].items() if name in ('curve', *ASKED)}
     settings = dict(zip(SHAPE, architecture(model)))
     outside = [f'{key} = {v}, seen {low} to {high}' for (key, v), (low, high) in zip(settings.items(), predictor['range'].values()) if not low <= v <= high]
 
@@ -563,11 +557,11 @@ def print_expected(predictor, model, stream):
     if outside:
         print(f"outside of what was trained: {'; '.join(outside)}")
     print(row('step', range(len(X))))
-    for step, values in zip(predictor['steps'], np.exp(raw['curve']).T):
+    for step, values in zip(predictor['steps'], expected['curve'].T):
         print(row(f'{step:.0f}', values))
-    for name in [name for name in ASKED if name in raw]:
+    for name in [name for name in ASKED if name in expected]:
         out = predictor['targets'][name]
-        print(row(name, TARGETS[name][2](raw[name][:, 0])) + f"   typical error x {text(math.exp(out['error']))}, R² {text(out['r2_architectures_out'])} on architectures left out"
+        print(row(name, expected[name][:, 0]) + f"   typical error x {text(math.exp(out['error']))}, R² {text(out['r2_architectures_out'])} on architectures left out"
               + ' (of sublayers that have a peak inside training)' * (name == 'peak_step'))
 
 
@@ -630,11 +624,10 @@ def draw_predicted(left_out, shown, path):
     with figure(path, 'predicted from the architecture alone,\neach architecture left out in turn', 1, len(shown), (4.2, 4)) as axes:
         for axis, name in zip(axes, shown):
             rows, y, predicted = left_out[name]
-            back = TARGETS[name][2]
             for stream in dict.fromkeys(x.stream for x, _ in rows):
                 mine = [x.stream == stream for x, _ in rows]
-                axis.plot(back(y[mine, 0]), back(predicted[mine, 0]), markersize=4, alpha=0.6, **{**STREAM_STYLE.get(stream, {'marker': 'o'}), 'linestyle': ''}, label=stream)
-            ends = back(np.quantile(y, (0, 1)))
+                axis.plot(np.exp(y[mine, 0]), np.exp(predicted[mine, 0]), markersize=4, alpha=0.6, **{**STREAM_STYLE.get(stream, {'marker': 'o'}), 'linestyle': ''}, label=stream)
+            ends = np.exp(np.quantile(y, (0, 1)))
             axis.plot(ends, ends, color='#999999', linewidth=1, zorder=0)
             axis.set(title=f'{ASKED[name]}: R² {text(r_squared(y, predicted), 2)}', xlabel='actual (fitted curve)', ylabel='predicted', xscale='log', yscale='log')
             ticks = [float(f'{v:.2g}') for v in np.geomspace(*ends, 4)]
