@@ -62,7 +62,7 @@ class Series:
     loss_half: float = None  # the step at which half of the fall of its validation loss is behind it
 
 
-def settings(folder):
+def run_settings(folder):
     """Returns the model's settings of a run, from the smallest file that has them, or None, and what made the run, where that file says so."""
     for name, key in (('run.json', 'model_args'), ('measure.json', 'model')):
         if (folder / name).exists():
@@ -79,7 +79,7 @@ def pack(folder):
     lines = read_log(folder / 'log.jsonl')
     if not lines:
         raise UserError(f'there is no log.jsonl in {folder}: name folders of runs, files written with --pack, or --csv=FILE')
-    model, made = settings(folder)
+    model, made = run_settings(folder)
 
     def short(values):
         return [None if v is None else float(f'{v:.5g}') for v in values]
@@ -498,8 +498,7 @@ def print_fits(series, fits):
 
 def ranks(x):
     """Ranks from 0, ties at their mean."""
-    _, place, count = np.unique(x, return_inverse=True, return_counts=True)
-    return (np.cumsum(count) - (count + 1) / 2)[place]
+    return ((x < x[:, None]).sum(1) + (x <= x[:, None]).sum(1) - 1) / 2
 
 
 def summarize(series, fits):
@@ -567,12 +566,12 @@ def print_expected(predictor, model, stream):
 
 # ---- Figures
 
-def draw_curves(run, rows, path, across=6):
+def draw_curves(run, rows, path):
     """rows: [(Series, fit)] of one run. A row of panels for each stream, at most six sublayers of it: points and fits."""
     streams = {}
     for x, f in rows:
         streams.setdefault(x.stream, []).append((x, f))
-    chosen = {stream: [all_[i] for i in sorted({round(i) for i in np.linspace(0, len(all_) - 1, min(across, len(all_)))})] for stream, all_ in streams.items()}
+    chosen = {stream: [of[round(i)] for i in np.linspace(0, len(of) - 1, min(6, len(of)))] for stream, of in streams.items()}
     width = max(map(len, chosen.values()))
     title = f'{run}\nlargest over median, with fits, {width} of {max(map(len, streams.values()))} sublayers'
     with figure(path, title, len(chosen), width, (max(2.6, 5.2 / width), 2.3)) as axes:
@@ -587,8 +586,7 @@ def draw_curves(run, rows, path, across=6):
                     axis.axvline(f['peak']['value'], color='#999999', linestyle=':')
                 axis.set_title(f"{stream}, {('attn', 'mlp')[x.sublayer % 2]} {x.sublayer}" + (f": R² {f['r2']:.3f}" if 'r2' in f else ': no fit'), fontsize='small')
                 axis.set_xscale('symlog', linthresh=first)
-                axis.set_xlim(-0.3 * first, 1.5 * x.t[-1])
-                axis.set_ylim(bottom=min(0, x.r.min()))
+                axis.set(xlim=(-0.3 * first, 1.5 * x.t[-1]), ylim=(min(0, x.r.min()), None))
                 axis.set_xlabel('step', fontsize='small')
                 axis.grid(alpha=0.3)
             line[0].set_ylabel('largest ÷ median entry', fontsize='small')
@@ -599,21 +597,21 @@ def draw_curves(run, rows, path, across=6):
 def draw_peaks(series, fits, path):
     """A panel for each stream: a row for each run, the relative depth across, the colour the step of the peak; grey where none lies inside training."""
     from matplotlib.colors import LogNorm
-    streams = list(dict.fromkeys(x.stream for x in series))
-    runs = {stream: list(dict.fromkeys(x.run for x in series if x.stream == stream)) for stream in streams}
+    steps = {}  # stream → run → [(sublayer, step of its peak)]
+    for x, f in zip(series, fits):
+        steps.setdefault(x.stream, {}).setdefault(x.run, []).append((x.sublayer, f['peak']['value'] if f.get('peak') else math.nan))
     peaks = [f['peak']['value'] for f in fits if f.get('peak')]
     norm = LogNorm(min(peaks, default=1), max(max(peaks, default=1), 1.01 * min(peaks, default=1)))
-    tall = max(map(len, runs.values()))
+    tall = max(map(len, steps.values()))
     several = len(set(peaks)) > 1
     title = f'step at which largest over median peaks\n{len(peaks)} of {len(fits)} sublayers{"" if several or not peaks else f", step {text(peaks[0])}"}; grey: no peak inside training'
-    with figure(path, title, 1, len(streams), (max(5, 6 / len(streams)), 1.8 + 0.22 * tall)) as axes:
-        for stream, axis in zip(streams, axes):
-            for y, run in enumerate(runs[stream]):
-                row = sorted((x.sublayer, f['peak']['value'] if f.get('peak') else math.nan) for x, f in zip(series, fits) if (x.run, x.stream) == (run, stream))
-                edges = np.linspace(0, 1, len(row) + 1)
-                mesh = axis.pcolormesh(edges, [y - 0.45, y + 0.45], np.ma.masked_invalid([[v for _, v in row]]), norm=norm, cmap='cividis', edgecolors='white', linewidth=0.3)
-            axis.set(title=stream, xlabel='relative depth (first to last sublayer)', xlim=(0, 1), ylim=(len(runs[stream]) - 0.5, -0.5), facecolor='#DDDDDD')
-            axis.set_yticks(range(len(runs[stream])), runs[stream], fontsize='x-small')
+    with figure(path, title, 1, len(steps), (max(5, 6 / len(steps)), 1.8 + 0.22 * tall)) as axes:
+        for (stream, runs), axis in zip(steps.items(), axes):
+            for y, row in enumerate(runs.values()):
+                edges, colours = np.linspace(0, 1, len(row) + 1), np.ma.masked_invalid([[v for _, v in sorted(row)]])
+                mesh = axis.pcolormesh(edges, [y - 0.45, y + 0.45], colours, norm=norm, cmap='cividis', edgecolors='white', linewidth=0.3)
+            axis.set(title=stream, xlabel='relative depth (first to last sublayer)', xlim=(0, 1), ylim=(len(runs) - 0.5, -0.5), facecolor='#DDDDDD')
+            axis.set_yticks(range(len(runs)), runs, fontsize='x-small')
         if several:
             bar = axis.figure.colorbar(mesh, ax=list(axis.figure.axes), label='step of the peak', ticks=np.geomspace(norm.vmin, norm.vmax, 5), format=lambda v, _: text(float(v)))
             bar.minorticks_off()
