@@ -86,7 +86,8 @@ def pack(folder):
     try:
         streams = {stream: {key: [short(column) for column in zip(*(line['streams'][stream][key] for line in lines))] for key in KEPT}
                    for stream in lines[0]['streams']}
-        return {'run': folder.name, 'model_args': model, 'made': made, 'steps': [line['iter'] for line in lines], 'val_loss': short(line['val_loss'] for line in lines), 'streams': streams}
+        return {'run': folder.name, 'model_args': model, 'made': made, 'steps': [line['iter'] for line in lines],
+                'val_loss': short(line['val_loss'] for line in lines), 'streams': streams}
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f'{folder}/log.jsonl lacks the streams that train.py writes ({error}): train the run again') from None
 
