@@ -33,6 +33,7 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from data.loader import atomic_write
 from measure import STREAM_STYLE, figure, number, read_log
@@ -61,15 +62,16 @@ class Series:
     loss_half: float = None  # the step at which half of the fall of its validation loss is behind it
 
 
-def model_args(folder):
-    """Returns the model's settings of a run, from the smallest file that has them, or None."""
+def run_settings(folder):
+    """Returns the model's settings of a run, from the smallest file that has them, or None, and what made the run, where that file says so."""
     for name, key in (('run.json', 'model_args'), ('measure.json', 'model')):
         if (folder / name).exists():
             try:
-                return json.loads((folder / name).read_text())[key]
+                found = json.loads((folder / name).read_text())
+                return found[key], {k: found[k] for k in ('config', 'data_sha256') if k in found}
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise UserError(f'{folder / name} does not hold {key} ({error}): remove it, and the settings are read from elsewhere') from None
-    return load_checkpoint(folder / 'ckpt.pt')['model_args'] if (folder / 'ckpt.pt').exists() else None
+    return load_checkpoint(folder / 'ckpt.pt')['model_args'] if (folder / 'ckpt.pt').exists() else None, {}
 
 
 def pack(folder):
@@ -77,16 +79,14 @@ def pack(folder):
     lines = read_log(folder / 'log.jsonl')
     if not lines:
         raise UserError(f'there is no log.jsonl in {folder}: name folders of runs, files written with --pack, or --csv=FILE')
-
-    model = model_args(folder)  # says what is wrong with run.json
-    made = json.loads((folder / 'run.json').read_text()) if (folder / 'run.json').exists() else {}
+    model, made = run_settings(folder)
 
     def short(values):
         return [None if v is None else float(f'{v:.5g}') for v in values]
     try:
         streams = {stream: {key: [short(column) for column in zip(*(line['streams'][stream][key] for line in lines))] for key in KEPT}
                    for stream in lines[0]['streams']}
-        return {'run': folder.name, 'model_args': model, 'made': {key: made[key] for key in ('config', 'data_sha256') if key in made}, 'steps': [line['iter'] for line in lines],
+        return {'run': folder.name, 'model_args': model, 'made': made, 'steps': [line['iter'] for line in lines],
                 'val_loss': short(line['val_loss'] for line in lines), 'streams': streams}
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f'{folder}/log.jsonl lacks the streams that train.py writes ({error}): train the run again') from None
@@ -172,7 +172,7 @@ def columns_second(theta, t):
 
 
 FAMILIES = {  # name → parameters besides the noise's variance, columns beside the constant, box of what is searched
-    'constant': (1, None, lambda low, high: []),
+    'constant': (1, None, None),
     'logarithm': (3, lambda theta, t: np.log(t + np.exp(theta))[..., None, :], lambda low, high: [(low - 4, high + 2)]),
     'first order': (3, lambda theta, t: np.exp(-t * np.exp(-theta))[..., None, :], lambda low, high: [(low - 1, high + 3)]),
     'second order': (4, columns_second, lambda low, high: [(-high - 2, -low + 2), (math.log(0.05), math.log(20))]),
@@ -210,15 +210,14 @@ def solve(columns, theta, t, y, at):
 def search(columns, box, t, y, points=41, starts=3):
     """y: (S, n). Returns (S, p): for each series the θ in the box with the least residual. From the lowest local minima of a grid
     the search goes on in stencils of ±2 spacings, which halve whenever their best point is not on the rim."""
-    low, high = np.array(box).T
-    p, step = len(box), (high - low) / (points - 1)
-    grid = np.stack(np.meshgrid(*(np.linspace(a, b, points) for a, b in box), indexing='ij'), -1)
-    left = residual(columns(grid.reshape(-1, p), t), y[:, None]).reshape(len(y), *[points] * p)
+    (low, high), p = np.array(box).T, len(box)
+    grid = np.array(list(product(*np.linspace(low, high, points).T)))
+    left = residual(columns(grid, t), y[:, None]).reshape(len(y), *[points] * p)
     walled = np.pad(left, [(0, 0)] + [(1, 1)] * p, constant_values=np.inf)
-    lowest = np.min([walled[(slice(None), *(slice(o, o + points) for o in offset))] for offset in product(range(3), repeat=p)], 0)
+    lowest = sliding_window_view(walled, [3] * p, range(1, p + 1)).min(tuple(range(-p, 0)))
     order = np.where(left <= lowest, left, np.inf).reshape(len(y), -1).argsort(1, kind='stable')[:, :starts]
-    theta = grid.reshape(-1, p)[order]                                         # (S, starts, p)
-    step = np.broadcast_to(step, theta.shape).copy()
+    theta = grid[order]                                                        # (S, starts, p)
+    step = np.broadcast_to((high - low) / (points - 1), theta.shape)
     stencil = np.array(list(product(range(-2, 3), repeat=p)))
     for _ in range(60):
         around = np.clip(theta[:, :, None] + stencil * step[:, :, None] / 2, low, high)
@@ -255,6 +254,10 @@ def t_quantile(df):
     return z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2) + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * df**3)
 
 
+def interval(middle, half, back=float):
+    return {'value': number(back(middle)), 'low': number(back(middle - half)), 'high': number(back(middle + half))}
+
+
 def five(t, theta, coefficients, rss):
     """Returns the five parameters, or None, the peak, or None where none lies between the steps, each {"value", "low", "high"}, and why the five are None, or None."""
     (beta, tau), (A1, A2, K) = np.exp(theta), coefficients
@@ -273,18 +276,15 @@ def five(t, theta, coefficients, rss):
     at, peak = math.exp(w - g) - tau, None
     if A1 > 0 and t[0] < at < t[-1]:
         gradient = np.array([0, -(at + tau) * w / (1 + w), -at, -tau, 0])  # of the peak by the same five
-        h = np.linalg.norm(spread @ gradient)
-        peak = {'value': number(at), 'low': number(at - h), 'high': number(at + h)}
+        peak = interval(at, np.linalg.norm(spread @ gradient))
     if half[worst] > WIDEST:
         known = f'known within a factor of {math.exp(half[worst]):.0e} only' if half[worst] < math.log(1e6) else 'not known at all'
         return None, peak, f'not identifiable: {PARAMETERS[worst]} is {known}'
-    values = np.array([math.log(abs(A1)) + beta * tau, math.log(beta) - g, g, math.log(tau) + g])
-    parameters = {name: dict(zip(('value', 'low', 'high'), map(number, np.exp([v, v - h, v + h])))) for name, v, h in zip(PARAMETERS, values, half)}
+    logs = math.log(abs(A1)) + beta * tau, math.log(beta) - g, g, math.log(tau) + g
+    parameters = {name: interval(v, h, np.exp) for name, v, h in zip(PARAMETERS, logs, half)}
     if A1 < 0:
-        A = parameters['A']
-        parameters['A'] = {'value': -A['value'], 'low': -A['high'], 'high': -A['low']}
-    parameters['K'] = {'value': number(K), 'low': number(K - half[4]), 'high': number(K + half[4])}
-    return parameters, peak, None
+        parameters['A'] = interval(logs[0], -half[0], lambda v: -np.exp(v))
+    return {**parameters, 'K': interval(K, half[4])}, peak, None
 
 
 def refusal(t, r):
@@ -360,12 +360,11 @@ def fit_all(series):
 # ---- Prediction from the architecture
 
 SHAPE = ('n_layer', 'n_head', 'n_embd', 'mlp_ratio')  # what an architecture is: an arm is not part of it, so that both arms leave together
-TARGETS = {  # name → its value in a fit, or None; the scale on which it is regressed; the way back
-    'final': (lambda f: f.get('final') if (f.get('final') or 0) > 0 else None, np.log, np.exp),
-    'peak_step': (lambda f: f.get('peak') and f['peak']['value'], np.log, np.exp),
-    'half_step': (lambda f: f.get('half_step') or None, np.log, np.exp),
-    **{name: (lambda f, name=name: f.get('parameters') and f['parameters'][name]['value'],
-              np.arcsinh if name in 'AK' else np.log, np.sinh if name in 'AK' else np.exp) for name in PARAMETERS}}
+TARGETS = {  # name → its value in a fit, or None
+    'final': lambda f: f['final'] if (f['final'] or 0) > 0 else None,
+    'peak_step': lambda f: f['peak'] and f['peak']['value'],
+    'half_step': lambda f: f['half_step'] or None,
+    **{name: lambda f, name=name: f['parameters'] and f['parameters'][name]['value'] for name in PARAMETERS}}
 ASKED = {'final': 'ratio at the end of training', 'half_step': 'step of half height', 'peak_step': 'step of the peak'}
 
 
@@ -441,11 +440,8 @@ def regress(rows, y, arms):
     groups = np.unique([architecture(x.model) for x, _ in rows], axis=0, return_inverse=True)[1].ravel()
     each = np.arange(len(rows))
     predicted, mixed = validate(X, y, groups, groups), validate(X, y, np.random.RandomState(0).permutation(each) % 5, each)
-    r2, keys, carried = r_squared(y, predicted), list(table[0]), {}
-    for name in [*(key for key in keys if ':' not in key), 'arm and depth']:
-        without = [i for i, key in enumerate(keys) if key != name and not (name == 'arm and depth' and ':' in key)]
-        if r2 is not None:
-            carried[name] = number(r2 - r_squared(y, validate(X[:, without], y, groups, groups)))
+    r2, names = r_squared(y, predicted), np.array(['arm and depth' if ':' in key else key for key in table[0]])
+    carried = {name: number(r2 - r_squared(y, validate(X[:, names != name], y, groups, groups))) for name in dict.fromkeys(names.tolist())} if r2 is not None else {}
     (weights,), (intercept,) = ridge(X, y, [choose_penalty(X, y, groups)])
     return {'n': len(rows), 'architectures': len(set(groups)), 'r2_architectures_out': r2, 'r2_random_split': r_squared(y, mixed),
             'r2_of_arm': {a: r_squared(y[of_arm == a], predicted[of_arm == a]) for a in arms if (of_arm == a).any()},
@@ -454,7 +450,7 @@ def regress(rows, y, arms):
 
 
 def make_predictor(series, fits):
-    """Returns predictor.json's content and {target: (rows, actual, predicted)} in the target's own units, for left-out architectures."""
+    """Returns predictor.json's content and {target: (rows, actual, predicted)}, on the scale of the regression, for left-out architectures."""
     known = [(x, f) for x, f in zip(series, fits) if x.model and 'curve' in f]
     if len({architecture(x.model) for x, _ in known}) < 3:
         raise UserError('--predict needs fitted runs of at least 3 architectures with known settings: train more with results/emergence/sweep.sh')
@@ -463,24 +459,22 @@ def make_predictor(series, fits):
     if len(rows) < len(known):
         print(f'predictor: {len(known) - len(rows)} series that do not end at step {last:g}, as most do, are left out')
     arms = sorted({arm(x.model, x.stream) for x, _ in rows})
-    predictor, left_out = {'schema': 1, 'arms': arms, 'last_step': last, 'range': {key: [min(v), max(v)] for key, v in
-                           zip(SHAPE, zip(*(architecture(x.model) for x, _ in rows)))}, 'targets': {}}, {}
-    first = min(x.t[x.t > 0][0] for x, _ in rows)
-    predictor['steps'] = np.unique(np.geomspace(first, last, 25).round()).tolist()
-    curves = np.array([curve_at(f, np.array(predictor['steps'])) for _, f in rows])
-    low = np.array([x.r.min() for x, _ in rows])[:, None]  # a fitted curve may undershoot its data; a ratio is positive
-    jobs = {'curve': (rows, np.log(np.maximum(curves, np.maximum(low, 1))))}
-    for name, (value, forward, _) in TARGETS.items():
+    ranges = {key: [min(v), max(v)] for key, v in zip(SHAPE, zip(*(architecture(x.model) for x, _ in rows)))}
+    steps = np.unique(np.geomspace(min(x.t[x.t > 0][0] for x, _ in rows), last, 25).round())
+    floor = [[max(x.r.min(), 1)] for x, _ in rows]  # a fitted curve may undershoot its data; a ratio is positive
+    jobs = {'curve': (rows, np.log(np.maximum([curve_at(f, steps) for _, f in rows], floor)))}
+    for name, value in TARGETS.items():
         some = [(x, f) for x, f in rows if value(f) is not None]
-        jobs[name] = some, forward(np.array([[value(f)] for _, f in some], float)) if some else None
+        jobs[name] = some, (np.arcsinh if name in ('A', 'K') else np.log)([[value(f)] for _, f in some])
+    targets, left_out = {}, {}
     for name, (some, y) in jobs.items():
         count = len({architecture(x.model) for x, _ in some})
         if count < 3 or len(some) < 20:
             print(f'predictor: {name} is known of {len(some)} series of {count} architectures only: not regressed')
             continue
-        predictor['targets'][name], predicted = regress(some, y, arms)
+        targets[name], predicted = regress(some, y, arms)
         left_out[name] = some, y, predicted
-    return predictor, left_out
+    return {'schema': 1, 'arms': arms, 'last_step': last, 'range': ranges, 'targets': targets, 'steps': steps.tolist()}, left_out
 
 
 # ---- What is printed
@@ -505,8 +499,7 @@ def print_fits(series, fits):
 
 def ranks(x):
     """Ranks from 0, ties at their mean."""
-    _, place, count = np.unique(x, return_inverse=True, return_counts=True)
-    return (np.cumsum(count) - (count + 1) / 2)[place]
+    return ((x < x[:, None]).sum(1) + (x <= x[:, None]).sum(1) - 1) / 2
 
 
 def summarize(series, fits):
@@ -554,7 +547,7 @@ def print_predictor(predictor):
 def print_expected(predictor, model, stream):
     """Prints the curve that is expected of each sublayer, and what a person asks for."""
     X = np.array([list(features(model, stream, s, predictor['arms']).values()) for s in range(2 * model['n_layer'])])
-    raw = {name: X @ np.array(target['weights']) + target['intercept'] for name, target in predictor['targets'].items()}
+    expected = {name: np.exp(X @ np.array(target['weights']) + target['intercept']) for name, target in predictor['targets'].items() if name in ('curve', *ASKED)}
     settings = dict(zip(SHAPE, architecture(model)))
     outside = [f'{key} = {v}, seen {low} to {high}' for (key, v), (low, high) in zip(settings.items(), predictor['range'].values()) if not low <= v <= high]
 
@@ -564,22 +557,22 @@ def print_expected(predictor, model, stream):
     if outside:
         print(f"outside of what was trained: {'; '.join(outside)}")
     print(row('step', range(len(X))))
-    for step, values in zip(predictor['steps'], np.exp(raw['curve']).T):
+    for step, values in zip(predictor['steps'], expected['curve'].T):
         print(row(f'{step:.0f}', values))
-    for name in [name for name in ASKED if name in raw]:
+    for name in [name for name in ASKED if name in expected]:
         out = predictor['targets'][name]
-        print(row(name, TARGETS[name][2](raw[name][:, 0])) + f"   typical error x {text(math.exp(out['error']))}, R² {text(out['r2_architectures_out'])} on architectures left out"
+        print(row(name, expected[name][:, 0]) + f"   typical error x {text(math.exp(out['error']))}, R² {text(out['r2_architectures_out'])} on architectures left out"
               + ' (of sublayers that have a peak inside training)' * (name == 'peak_step'))
 
 
 # ---- Figures
 
-def draw_curves(run, rows, path, across=6):
+def draw_curves(run, rows, path):
     """rows: [(Series, fit)] of one run. A row of panels for each stream, at most six sublayers of it: points and fits."""
     streams = {}
     for x, f in rows:
         streams.setdefault(x.stream, []).append((x, f))
-    chosen = {stream: [all_[i] for i in sorted({round(i) for i in np.linspace(0, len(all_) - 1, min(across, len(all_)))})] for stream, all_ in streams.items()}
+    chosen = {stream: [of[round(i)] for i in np.linspace(0, len(of) - 1, min(6, len(of)))] for stream, of in streams.items()}
     width = max(map(len, chosen.values()))
     title = f'{run}\nlargest over median, with fits, {width} of {max(map(len, streams.values()))} sublayers'
     with figure(path, title, len(chosen), width, (max(2.6, 5.2 / width), 2.3)) as axes:
@@ -594,8 +587,7 @@ def draw_curves(run, rows, path, across=6):
                     axis.axvline(f['peak']['value'], color='#999999', linestyle=':')
                 axis.set_title(f"{stream}, {('attn', 'mlp')[x.sublayer % 2]} {x.sublayer}" + (f": R² {f['r2']:.3f}" if 'r2' in f else ': no fit'), fontsize='small')
                 axis.set_xscale('symlog', linthresh=first)
-                axis.set_xlim(-0.3 * first, 1.5 * x.t[-1])
-                axis.set_ylim(bottom=min(0, x.r.min()))
+                axis.set(xlim=(-0.3 * first, 1.5 * x.t[-1]), ylim=(min(0, x.r.min()), None))
                 axis.set_xlabel('step', fontsize='small')
                 axis.grid(alpha=0.3)
             line[0].set_ylabel('largest ÷ median entry', fontsize='small')
@@ -606,21 +598,21 @@ def draw_curves(run, rows, path, across=6):
 def draw_peaks(series, fits, path):
     """A panel for each stream: a row for each run, the relative depth across, the colour the step of the peak; grey where none lies inside training."""
     from matplotlib.colors import LogNorm
-    streams = list(dict.fromkeys(x.stream for x in series))
-    runs = {stream: list(dict.fromkeys(x.run for x in series if x.stream == stream)) for stream in streams}
+    steps = {}  # stream → run → [(sublayer, step of its peak)]
+    for x, f in zip(series, fits):
+        steps.setdefault(x.stream, {}).setdefault(x.run, []).append((x.sublayer, f['peak']['value'] if f.get('peak') else math.nan))
     peaks = [f['peak']['value'] for f in fits if f.get('peak')]
     norm = LogNorm(min(peaks, default=1), max(max(peaks, default=1), 1.01 * min(peaks, default=1)))
-    tall = max(map(len, runs.values()))
+    tall = max(map(len, steps.values()))
     several = len(set(peaks)) > 1
     title = f'step at which largest over median peaks\n{len(peaks)} of {len(fits)} sublayers{"" if several or not peaks else f", step {text(peaks[0])}"}; grey: no peak inside training'
-    with figure(path, title, 1, len(streams), (max(5, 6 / len(streams)), 1.8 + 0.22 * tall)) as axes:
-        for stream, axis in zip(streams, axes):
-            for y, run in enumerate(runs[stream]):
-                row = sorted((x.sublayer, f['peak']['value'] if f.get('peak') else math.nan) for x, f in zip(series, fits) if (x.run, x.stream) == (run, stream))
-                edges = np.linspace(0, 1, len(row) + 1)
-                mesh = axis.pcolormesh(edges, [y - 0.45, y + 0.45], np.ma.masked_invalid([[v for _, v in row]]), norm=norm, cmap='cividis', edgecolors='white', linewidth=0.3)
-            axis.set(title=stream, xlabel='relative depth (first to last sublayer)', xlim=(0, 1), ylim=(len(runs[stream]) - 0.5, -0.5), facecolor='#DDDDDD')
-            axis.set_yticks(range(len(runs[stream])), runs[stream], fontsize='x-small')
+    with figure(path, title, 1, len(steps), (max(5, 6 / len(steps)), 1.8 + 0.22 * tall)) as axes:
+        for (stream, runs), axis in zip(steps.items(), axes):
+            for y, row in enumerate(runs.values()):
+                edges, colours = np.linspace(0, 1, len(row) + 1), np.ma.masked_invalid([[v for _, v in sorted(row)]])
+                mesh = axis.pcolormesh(edges, [y - 0.45, y + 0.45], colours, norm=norm, cmap='cividis', edgecolors='white', linewidth=0.3)
+            axis.set(title=stream, xlabel='relative depth (first to last sublayer)', xlim=(0, 1), ylim=(len(runs) - 0.5, -0.5), facecolor='#DDDDDD')
+            axis.set_yticks(range(len(runs)), runs, fontsize='x-small')
         if several:
             bar = axis.figure.colorbar(mesh, ax=list(axis.figure.axes), label='step of the peak', ticks=np.geomspace(norm.vmin, norm.vmax, 5), format=lambda v, _: text(float(v)))
             bar.minorticks_off()
@@ -631,11 +623,10 @@ def draw_predicted(left_out, shown, path):
     with figure(path, 'predicted from the architecture alone,\neach architecture left out in turn', 1, len(shown), (4.2, 4)) as axes:
         for axis, name in zip(axes, shown):
             rows, y, predicted = left_out[name]
-            back = TARGETS[name][2]
             for stream in dict.fromkeys(x.stream for x, _ in rows):
                 mine = [x.stream == stream for x, _ in rows]
-                axis.plot(back(y[mine, 0]), back(predicted[mine, 0]), markersize=4, alpha=0.6, **{**STREAM_STYLE.get(stream, {'marker': 'o'}), 'linestyle': ''}, label=stream)
-            ends = back(np.quantile(y, (0, 1)))
+                axis.plot(np.exp(y[mine, 0]), np.exp(predicted[mine, 0]), markersize=4, alpha=0.6, **{**STREAM_STYLE.get(stream, {'marker': 'o'}), 'linestyle': ''}, label=stream)
+            ends = np.exp(np.quantile(y, (0, 1)))
             axis.plot(ends, ends, color='#999999', linewidth=1, zorder=0)
             axis.set(title=f'{ASKED[name]}: R² {text(r_squared(y, predicted), 2)}', xlabel='actual (fitted curve)', ylabel='predicted', xscale='log', yscale='log')
             ticks = [float(f'{v:.2g}') for v in np.geomspace(*ends, 4)]
@@ -688,20 +679,12 @@ def parse_arguments(argv):
     return args
 
 
-def run(argv):
-    args = parse_arguments(argv)
-    if args.arch:
-        return predict_arch(args)
-    try:
-        if args.pack:
-            lines = [json.dumps(packed, separators=(',', ':')) + '\n' for path in args.pack for packed in read_runs(path)]
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(args.out, 'w') as file:
-                file.writelines(lines)
-            return print(f'written: {args.out}, {len(lines)} runs, {sum(map(len, lines)):,} bytes')
-        analyse(args)
-    except OSError as error:
-        raise UserError(f'cannot write {error.filename} ({error.strerror}): name another place with --out') from None
+def write_packed(args):
+    lines = [json.dumps(packed, separators=(',', ':')) + '\n' for path in args.pack for packed in read_runs(path)]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(args.out, 'w') as file:
+        file.writelines(lines)
+    print(f'written: {args.out}, {len(lines)} runs, {sum(map(len, lines)):,} bytes')
 
 
 def analyse(args):
@@ -717,8 +700,9 @@ def analyse(args):
     if len(names) <= 4:
         print_fits(series, fits)
     print_summary(summary)
-    written, report = ['emergence.json', 'peaks.png'], {'schema': 1, 'ratio': 'csv: top1 / median' if args.csv else 'max_over_median', 'summary': summary,
-        'published_r2': PUBLISHED_R2, 'series': [{'run': x.run, 'stream': x.stream, 'sublayer': x.sublayer, **f} for x, f in zip(series, fits)]}
+    written = ['emergence.json', 'peaks.png']
+    report = {'schema': 1, 'ratio': 'csv: top1 / median' if args.csv else 'max_over_median', 'summary': summary, 'published_r2': PUBLISHED_R2,
+              'series': [{'run': x.run, 'stream': x.stream, 'sublayer': x.sublayer, **f} for x, f in zip(series, fits)]}
     if args.predict:
         predictor, left_out = make_predictor(series, fits)
         print_predictor(predictor)
@@ -743,7 +727,10 @@ def analyse(args):
 
 def main(argv=None):
     try:
-        run(argv)
+        args = parse_arguments(argv)
+        (predict_arch if args.arch else write_packed if args.pack else analyse)(args)
+    except OSError as error:
+        sys.exit(f'error: cannot write {error.filename} ({error.strerror}): name another place with --out')
     except UserError as error:
         sys.exit(f'error: {error}')
 
