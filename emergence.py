@@ -88,7 +88,7 @@ def pack(folder):
                    for stream in lines[0]['streams']}
         return {'run': folder.name, 'model_args': model, 'made': made, 'steps': [line['iter'] for line in lines],
                 'val_loss': short(line['val_loss'] for line in lines), 'streams': streams}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(f'{folder}/log.jsonl lacks the streams that train.py writes ({error}): train the run again') from None
 
 
@@ -129,7 +129,10 @@ def series_of(run):
     """Returns the Series of a packed run."""
     try:
         more = {'model': run['model_args'], 'loss_half': half_of_fall(run['steps'], run['val_loss'])}
-        return [finite(run['run'], stream, s, run['steps'], r, **more) for stream, q in run['streams'].items() for s, r in enumerate(q['max_over_median'])]
+        found = [finite(run['run'], stream, s, run['steps'], r, **more) for stream, q in run['streams'].items() for s, r in enumerate(q['max_over_median'])]
+        if not (found and run['steps'] and isinstance(run['run'], str)):
+            raise ValueError('a name, steps and streams are what it needs')
+        return found
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise UserError(f"{run['run']}: not written with --pack, or cut short ({error})") from None
 
@@ -649,6 +652,8 @@ def predict_arch(args):
         model[key] = int(value) if key in SHAPE else value
     if missing := [key for key in SHAPE if key not in model]:
         raise UserError(f"--arch={args.arch} lacks {', '.join(missing)}: like n_layer=6,n_embd=256,n_head=8")
+    if model['qk_norm'] not in ('True', 'False'):
+        raise UserError(f"--arch: qk_norm is {model['qk_norm']}: expected True or False")
     model['qk_norm'] = model['qk_norm'] == 'True'
     stream = model.pop('stream') or getattr(RESIDUALS.get(model['residual']), 'decoded', '')
     try:
@@ -657,7 +662,7 @@ def predict_arch(args):
             raise UserError(f"--arch: {args.predictor} knows {', '.join(predictor['arms'])}, not {arm(model, stream)}: name residual= and stream=")
         print_expected(predictor, model, stream)
     except OSError as error:
-        raise UserError(f'cannot read {args.predictor} ({error.strerror}): make it with python emergence.py results/emergence/sweep.jsonl --predict') from None
+        raise UserError(f'cannot read {args.predictor} ({error.strerror}): make it with python emergence.py results/emergence/sweep.jsonl --predict --out=results/emergence/sweep') from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f'{args.predictor} is not a predictor that --predict wrote of 20 series or more ({error}): make it again') from None
 
@@ -670,7 +675,7 @@ def parse_arguments(argv):
     parser.add_argument('--out', type=Path, help="folder for emergence.json, predictor.json and figures (default: the first run's own, or that above several); of --pack the file")
     parser.add_argument('--predict', action='store_true', help='regress on the architecture')
     parser.add_argument('--arch', help='print the curve expected of n_layer=…,n_embd=…,n_head=…[,mlp_ratio=4,residual=ledger,stream=C]')
-    parser.add_argument('--predictor', type=Path, default=Path('results/emergence/predictor.json'), help='what --arch reads (default results/emergence/predictor.json)')
+    parser.add_argument('--predictor', type=Path, default=Path(__file__).parent / 'results/emergence/sweep/predictor.json', help='what --arch reads (default: that in results/emergence/sweep)')
     args = parser.parse_args(argv)
     if not (args.runs or args.csv or args.pack or args.arch):
         raise UserError('nothing to read: name runs, like out/ledger_demo, or --csv=FILE, --pack, --arch')
@@ -689,9 +694,12 @@ def write_packed(args):
 
 def analyse(args):
     runs = [packed for path in args.runs for packed in read_runs(path)]
-    if twice := [name for name, count in Counter(packed['run'] for packed in runs).items() if count > 1]:
+    series, of_csv = [x for packed in runs for x in series_of(packed)], read_csv(args.csv) if args.csv else []
+    if twice := [name for name, count in Counter([*(packed['run'] for packed in runs), *{x.run for x in of_csv}]).items() if count > 1]:
         raise UserError(f"two runs are named {', '.join(twice)}: rename a folder")
-    series = [x for packed in runs for x in series_of(packed)] + (read_csv(args.csv) if args.csv else [])
+    series = [x for x in series + of_csv if len(x.t)]
+    if not series:
+        raise UserError('what was named holds no finite largest over median: name runs that train.py made, or a csv that has lines')
     source = args.runs[0] if args.runs else args.csv
     out = args.out or (source if source.is_dir() and len(args.runs) == 1 else source.resolve().parent)
     out.mkdir(parents=True, exist_ok=True)
@@ -701,7 +709,7 @@ def analyse(args):
         print_fits(series, fits)
     print_summary(summary)
     written = ['emergence.json', 'peaks.png']
-    report = {'schema': 1, 'ratio': 'csv: top1 / median' if args.csv else 'max_over_median', 'summary': summary, 'published_r2': PUBLISHED_R2,
+    report = {'schema': 1, 'ratio': ' and '.join(['max_over_median'] * bool(runs) + ['csv: top1 / median'] * bool(args.csv)), 'summary': summary, 'published_r2': PUBLISHED_R2,
               'series': [{'run': x.run, 'stream': x.stream, 'sublayer': x.sublayer, **f} for x, f in zip(series, fits)]}
     if args.predict:
         predictor, left_out = make_predictor(series, fits)
@@ -730,7 +738,7 @@ def main(argv=None):
         args = parse_arguments(argv)
         (predict_arch if args.arch else write_packed if args.pack else analyse)(args)
     except OSError as error:
-        sys.exit(f'error: cannot write {error.filename} ({error.strerror}): name another place with --out')
+        sys.exit(f'error: cannot write {error.filename or "the output"} ({error.strerror}): name another place with --out')
     except UserError as error:
         sys.exit(f'error: {error}')
 

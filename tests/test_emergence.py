@@ -475,6 +475,8 @@ def test_where_no_target_was_regressed_there_is_no_figure_of_it(tmp_path, capsys
 @pytest.mark.parametrize('arguments, sentence', [
     ('', 'nothing to read'), ('{}/nothing', 'there is no'), ('{}/empty', 'there is no log.jsonl'), ('{}/bad.jsonl', 'neither the folder of a run nor'), ('--csv={}/bad.csv', 'line 2'),
     ('--csv={}/empty.csv', 'no rows'), ('--csv={}/nan.csv', 'step'), ('--csv={}/twice.csv', 'stands twice'), ('--pack {}/run', '--pack needs'), ('{}/run {}/run', 'two runs are named run'),
+    ('{}/run --csv={}/run.csv', 'two runs are named run'), ('{}/none.jsonl', 'no finite'), ('{}/bare.jsonl', 'cut short'),
+    ('--arch=n_layer=1,n_embd=8,n_head=2,qk_norm=yes', 'expected True or False'),
     ('{}/run --predict', 'at least 3 architectures'), ('--arch=n_layer=2', 'lacks n_head, n_embd'), ('--arch=n_layer=x,n_embd=64,n_head=2', "'n_layer=x'"),
     ('--arch=n_layer=2,n_embd=64,n_head=2 --predictor={}/nothing', 'make it with'), ('--arch=n_layer=2,n_embd=64,n_head=2 --predictor={}/bad.jsonl', 'not a predictor'),
     ('{}/run --out={}/bad.csv', 'cannot write')])
@@ -482,7 +484,8 @@ def test_a_mistake_of_the_user_is_a_sentence(tmp_path, arguments, sentence):
     write_log(tmp_path / 'run', LEDGER, STEPS[:9])
     (tmp_path / 'empty').mkdir()
     for name, content in {'bad.jsonl': '{"run": 1}\n', 'bad.csv': 'step,sublayer,top1,median\n1,0,x,2\n', 'empty.csv': 'step,sublayer,top1,median\n',
-                          'nan.csv': 'step,sublayer,top1,median\nnan,0,1,2\n', 'twice.csv': 'step,sublayer,top1,median\n1,0,1,2\n1,0,1,2\n'}.items():
+                          'nan.csv': 'step,sublayer,top1,median\nnan,0,1,2\n', 'twice.csv': 'step,sublayer,top1,median\n1,0,1,2\n1,0,1,2\n', 'run.csv': 'step,sublayer,top1,median\n1,0,1,2\n',
+                          'none.jsonl': '', 'bare.jsonl': '{"run": "a", "model_args": null, "steps": [], "val_loss": [], "streams": {}}'}.items():
         (tmp_path / name).write_text(content)
     with pytest.raises(SystemExit) as error:
         emergence.main([part.format(tmp_path) for part in arguments.split()])
