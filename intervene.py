@@ -39,7 +39,7 @@ import math
 import os
 import re
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -96,7 +96,7 @@ class Reference:
         device, names, N = model.head.weight.device, RESIDUALS[model.config.residual].streams, len(evaluated)
         self.mean, self.magnitude, self.limit = ({stream: torch.zeros(self.S + 1, *shape, device=device) for stream in names}
                                                  for shape in ((self.T, self.d), (self.T, self.d), (len(QUANTILES),)))
-        self.own = {stream: np.zeros((self.S + 1, 2, N, k), np.int64) for stream in names}                       # positions, dimensions
+        self.own = {stream: np.zeros((self.S + 1, N, k), np.int64) for stream in names}                          # indices into T · d
         self.over = {stream: np.zeros((self.S + 1, len(QUANTILES), N, self.T), bool) for stream in names}        # is an entry above the limit?
         ranks = [math.ceil(q * self.T * self.d) - 1 for q in QUANTILES]
 
@@ -112,8 +112,7 @@ class Reference:
             self.magnitude[stream][level] += a.sum(0) / len(starts)
             self.limit[stream][level] += a.flatten(1).sort(1).values[:, ranks].sum(0) / len(starts)
         for rows, stream, level, _, a in passes(evaluated):
-            index = topk_first(a.flatten(1), k)[1]
-            self.own[stream][level, :, rows] = torch.stack([index // self.d, index % self.d]).cpu().numpy()
+            self.own[stream][level, rows] = topk_first(a.flatten(1), k)[1].cpu().numpy()
             self.over[stream][level, :, rows] = (a.amax(-1) > self.limit[stream][level][:, None, None]).cpu().numpy()
 
     def pick(self, stream, level):
@@ -124,15 +123,9 @@ class Reference:
 
     def common(self, stream, level):
         """Returns the most frequent of the sequences' own entries, [[position, dimension]], and the share of the sequences that have the first."""
-        t, j = self.own[stream][level]
-        index, counts = np.unique(t * self.d + j, return_counts=True)
+        index, counts = np.unique(self.own[stream][level], return_counts=True)
         order = (-counts).argsort(kind='stable')[:self.k]
-        return [list(divmod(i, self.d)) for i in index[order].tolist()], number(counts[order[0]] / len(t))
-
-    def median_dims(self, stream, level, k, at_start):
-        """The k dimensions in the middle of the order by magnitude, at position 0 or over all of them."""
-        a = self.magnitude[stream][level]
-        return tuple((a[0] if at_start else a.mean(0)).argsort(stable=True)[(self.d - k) // 2:][:k].tolist())
+        return [list(divmod(i, self.d)) for i in index[order].tolist()], number(counts[order[0]] / len(self.own[stream][level]))
 
     def standout(self, stream, level):
         """The largest mean magnitude over the median dimension of the same position: unlike max over median, not raised by tokens that commit little."""
@@ -152,14 +145,14 @@ class Reference:
         return order[~np.isin(order, dims)]
 
     def entries(self, edit, n):
-        """Returns the positions, or None for all, and the dimensions that an edit changes in sequence n of the evaluated ones."""
-        positions, dims = self.own[edit.stream][edit.own, :, n].tolist() if edit.own else (edit.positions, edit.dims)
+        """Returns the positions, or a slice of all, and the dimensions that an edit changes in sequence n of the evaluated ones."""
+        positions, dims = (part.tolist() for part in np.divmod(self.own[edit.stream][edit.own, n], self.d)) if edit.own else (edit.positions, edit.dims)
         if edit.control == 'other':
             positions = [(t + self.T // 2) % self.T for t in positions]
         if edit.control == 'random':
             positions = positions and (philox(self.seed, 2**33 + n).random_raw(len(dims)) % np.uint64(self.T)).tolist()
             dims = self.other_dims(dims, n)[:len(dims)]
-        return positions, dims
+        return slice(None) if positions is None else positions, dims
 
     def touched(self, edit, N):
         """Returns (N, T) bool: the positions that an edit changes in the first N evaluated sequences."""
@@ -167,22 +160,21 @@ class Reference:
             return self.over[edit.stream][list(edit.levels), QUANTILES.index(edit.quantile), :N].any(0)
         at = np.zeros((N, self.T), bool)
         for n in range(N):
-            positions = self.entries(edit, n)[0]
-            at[n, slice(None) if positions is None else list(positions)] = True
+            at[n, self.entries(edit, n)[0]] = True
         return at
 
     def aim(self, edit, sequences):
         """Returns the mask of the entries that an edit replaces in these sequences, (B, T, d) bool, and for `moved`, (B, d): the dimension whose
         change each takes."""
-        mask, source = torch.zeros(len(sequences), self.T, self.d, dtype=torch.bool), np.empty((len(sequences), self.d), np.int64)
+        mask, source = np.zeros((len(sequences), self.T, self.d), bool), np.empty((len(sequences), self.d), np.int64)
         for row, taken, n in zip(mask, source, sequences):
             positions, dims = self.entries(edit, n)
-            row[slice(None) if positions is None else list(positions), list(dims)] = True
+            row[positions, dims] = True
             if edit.control == 'moved':
                 few = sorted(set(dims)) if len(dims) <= self.d // 2 else []  # they take the first of the others, which take the next
                 order = np.append(few, self.other_dims(few, n)).astype(np.int64)
                 taken[np.roll(order, -max(1, len(few)))] = order
-        return mask, torch.from_numpy(source) if edit.control == 'moved' else None
+        return torch.from_numpy(mask), torch.from_numpy(source) if edit.control == 'moved' else None
 
     def change(self, edit, level, x, mask):
         """x: (B, T or fewer, d), the edit's stream at that level. Returns what the edit makes of it."""
@@ -190,7 +182,7 @@ class Reference:
             limit = self.limit[edit.stream][level, QUANTILES.index(edit.quantile)]
             return x.clamp(-limit, limit)
         T = x.shape[1]
-        return torch.where(mask[:, :T], self.mean[edit.stream][level, :T] if edit.how == 'mean' else x.new_zeros(()), x)
+        return torch.where(mask[:, :T], self.mean[edit.stream][level, :T] if edit.how == 'mean' else 0.0, x)
 
 
 @contextmanager
@@ -211,42 +203,35 @@ def edited(model, edit, reference, sequences):
     def changed(level, streams):
         return {**streams, edit.stream: change(level, streams[edit.stream])}
 
-    handles, wrapped = [], []
-    for level in edit.levels:
-        if edit.where == 'stream':
-            handles.append(model.sublayers[level - 1].register_forward_hook(lambda _, __, output, level=level: (changed(level, output[0]), output[1])))
-        elif edit.where == 'reads':
-            wrapped.append(residual := model.sublayers[level].residual)
-            residual.read = lambda streams, level=level, read=residual.read: read(changed(level, streams))
-        else:
-            handles.append(model.norm.register_forward_pre_hook(lambda _, inputs, level=level: (change(level, inputs[0]),)))
-    try:
+    with ExitStack() as undo:
+        for level in edit.levels:
+            if edit.where == 'stream':
+                undo.enter_context(model.sublayers[level - 1].register_forward_hook(lambda _, __, output, level=level: (changed(level, output[0]), output[1])))
+            elif edit.where == 'decoder':
+                undo.enter_context(model.norm.register_forward_pre_hook(lambda _, inputs, level=level: change(level, inputs[0])))
+            else:
+                residual = model.sublayers[level].residual
+                residual.read = lambda streams, level=level, read=residual.read: read(changed(level, streams))
+                undo.callback(delattr, residual, 'read')  # the class's own is seen again
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for residual in wrapped:
-            del residual.read  # the class's own is seen again
 
 
 def states(model, idx):
     """idx: (B, T). Returns the streams at every level, a list of S + 1 dicts, and the logits."""
-    seen = []
-    handle = model.sublayers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    with hooked(model, lambda s, streams: seen.append(streams)):
-        logits = model(idx)
-    handle.remove()
-    return seen, logits
+    seen = [model.start(idx)]
+    for sublayer in model.sublayers:
+        seen.append(sublayer(seen[-1])[0])
+    return seen, model.head(model.decode(seen[-1]))
 
 
 @torch.no_grad()
 def evaluate(model, tokens, starts, edits, reference, batch_size, progress=lambda done: None):
     """Returns the loss of every prediction without an edit, (N, T) float32, and {edit: the same with it}. What an edit does not reach is not computed again."""
-    device, results = model.head.weight.device, {edit: [] for edit in (None, *edits)}
+    device, losses = model.head.weight.device, np.zeros((1 + len(edits), len(starts), tokens.block_size), np.float32)
     for i in range(0, len(starts), batch_size):
         idx, targets = (t.to(device) for t in tokens.windows(starts[i:i + batch_size]))
         before, logits = states(model, idx)
-        for count, edit in enumerate(results):
+        for count, edit in enumerate((None, *edits)):
             if edit is not None:
                 first = min((level - (edit.where == 'stream') for level in edit.levels), default=0)
                 streams = before[first]
@@ -254,11 +239,9 @@ def evaluate(model, tokens, starts, edits, reference, batch_size, progress=lambd
                     for sublayer in model.sublayers[first:]:
                         streams, _ = sublayer(streams)
                     logits = model.head(model.decode(streams))
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction='none').view_as(targets)
-            results[edit].append(loss.cpu().numpy())
-            progress((i * len(results) + (count + 1) * len(idx)) / (len(starts) * len(results)))
-    results = {edit: np.concatenate(parts) for edit, parts in results.items()}
-    return results.pop(None), results
+            losses[count, i:i + len(idx)] = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction='none').view_as(targets).cpu()
+            progress((i * len(losses) + (count + 1) * len(idx)) / (len(starts) * len(losses)))
+    return losses[0], dict(zip(edits, losses[1:]))
 
 
 def with_controls(edit, reference, level):
@@ -266,7 +249,9 @@ def with_controls(edit, reference, level):
     group, k, placed = {'edit': edit}, reference.k if edit.own else len(edit.dims), bool(edit.own or edit.positions)
     if 0 < k < reference.d:
         group['random'] = replace(edit, control='random')
-        group['median'] = replace(edit, own=0, dims=reference.median_dims(edit.stream, level, k, placed), positions=(0,) * k if placed else None)
+        magnitude = reference.magnitude[edit.stream][level]
+        order = (magnitude[0] if placed else magnitude.mean(0)).argsort(stable=True)
+        group['median'] = replace(edit, own=0, dims=tuple(order[(reference.d - k) // 2:][:k].tolist()), positions=(0,) * k if placed else None)
         if placed:
             group['other'] = replace(edit, control='other')
     return {**group, 'moved': replace(edit, control='moved')}
