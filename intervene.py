@@ -41,7 +41,8 @@ import re
 import sys
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from itertools import groupby
+from functools import partial
+from itertools import groupby, product
 from pathlib import Path
 
 import numpy as np
@@ -268,16 +269,11 @@ def plan(reference, stream, s, hows, decoded, alone):
 
     results, S, replacing = [], reference.S, [how for how in hows if how != 'clip']
     here, last, reaches = reference.pick(stream, s + 1), reference.pick(stream, S), {'once': (s + 1,), 'downstream': range(s + 1, S + 1)}
-    for what in ('top', *here):
-        for how in replacing:
-            for reach, levels in reaches.items():
-                add('stream', what, how, reach, levels, s + 1, *here.get(what, ()), own=0 if what in here else s + 1)
-    for reach, levels in reaches.items():
-        for quantile in QUANTILES if 'clip' in hows else ():
-            add('stream', 'all', 'clip', reach, levels, s + 1, quantile=quantile)
-    if not decoded:
-        return results
-    for how in replacing:
+    for what, how, (reach, levels) in product(('top', *here), replacing, reaches.items()):
+        add('stream', what, how, reach, levels, s + 1, *here.get(what, ()), own=0 if what in here else s + 1)
+    for (reach, levels), quantile in product(reaches.items(), QUANTILES if 'clip' in hows else ()):
+        add('stream', 'all', 'clip', reach, levels, s + 1, quantile=quantile)
+    for how in replacing if decoded else ():
         for what, entries in here.items():
             add('reads', what, how, 'every', range(S), s + 1, *entries)
             add('decoder', what, how, '', (S,), s + 1, *entries)
@@ -288,43 +284,22 @@ def plan(reference, stream, s, hows, decoded, alone):
     return results
 
 
-def span(weights, totals, counts):
-    """weights: (R, N) of the bootstrap; totals, counts: (N,) of each sequence. Returns (R,) of the mean, of those replicates that have drawn any; or None."""
-    counts, totals = weights @ counts, weights @ totals
-    return totals[counts > 0] / counts[counts > 0] if counts[0] else None
-
-
-def rounded(values, sequences):
-    """values: what span returns; sequences: how many of them bear on it."""
-    return values if values is None else {key: value if key == 'value' or sequences >= FEW else None
-                                          for key, value in headline(values).items() if key in ('value', 'low', 'high')}
+def interval(weights, values, chosen, scale=lambda means: means):
+    """weights: (R, N) of the bootstrap; values: (N, T); chosen: (N, T) bool. Returns what headline says of their mean, scaled, over those replicates that have drawn any,
+    with low and high if at least FEW sequences bear on it; None where none is chosen."""
+    counts, totals = weights @ chosen.sum(1), weights @ (values * chosen).sum(1)
+    if not counts[0]:
+        return None
+    of, enough = headline(scale(totals[counts > 0] / counts[counts > 0])), chosen.any(1).sum() >= FEW
+    return {'value': of['value'], 'low': of['low'] if enough else None, 'high': of['high'] if enough else None}
 
 
 def outcome(before, after, at, weights, labels):
     """before, after: (N, T) losses. at: (N, T) bool, the positions edited. labels: {breakdown: ((N, T) places, names)}."""
-    change = after.astype(np.float64) - before
-
-    def of(chosen, scale=lambda values: values):
-        values = span(weights, (change * chosen).sum(1), chosen.sum(1))
-        return None if values is None else rounded(scale(values), chosen.any(1).sum())
-    loss = after.mean(dtype=np.float64)
+    of, loss = partial(interval, weights, after.astype(np.float64) - before), after.mean(dtype=np.float64)
     return {'loss': number(loss), 'perplexity': number(np.exp(loss)), 'ratio': of(np.ones_like(at), np.exp),
             'edited': of(at), 'later': of(~at & np.logical_or.accumulate(at, 1)),
             'by': {name: {names[i]: list(of(places == i).values()) for i in np.unique(places)} for name, (places, names) in labels.items()}}
-
-
-def finish(results, unedited, losses, reference, weights, labels, kinds):
-    """Turns the results' groups of edits into outcomes. kinds: (N, T) places of the inputs' classes, or None: no breakdowns."""
-    N, T = unedited.shape
-    for result in results:
-        outcomes, carried = {}, {}
-        for name, edit in result.pop('group').items():
-            if labels and (edit.own or edit.positions):
-                carrier = [kinds[n, reference.entries(edit, n)[0][0]] for n in range(N)]
-                carried = {'carrier': (np.repeat(np.array(carrier)[:, None], T, 1), labels['class'][1])}
-            outcomes[name] = outcome(unedited, losses[edit], reference.touched(edit, N), weights, {**labels, **carried})
-        result.update(edit=outcomes.pop('edit'), controls=outcomes)
-    return results
 
 
 def label(tokens, starts, meta):
@@ -389,23 +364,14 @@ def shown(results):
     return [r for r in results if r['where'] == 'stream' and r['reach'] == 'downstream' and r['how'] == results[0]['how'] and r['what'] != 'top']
 
 
-def pair(outcomes):
-    """Of an edit and its controls, by name: the edit, and the control that every edit has, whose change is as large and at the same tokens."""
-    return outcomes['edit'], outcomes['moved']
-
-
-def names(result):
-    return {key: result[key] for key in ('stream', 'sublayer', 'where', 'what', 'how', 'reach')}
-
-
 def sinks_and_constants(model, tokens, starts, batch_size, reference, few):
-    """Returns the `attention` of intervene.json. few: results with their groups of edits."""
+    """Returns the `attention` of intervene.json. few: (what it says of an edit, the edit, its control)."""
     def look(edit, positions=()):
         heads, added = attention(model, tokens, starts, batch_size, reference, edit, positions)
         return {'sink': number(heads.mean()), 'by_layer': [number(v) for v in heads.mean(1)]}, added
 
     unedited, added = look(NOTHING, (0, 1, reference.T // 2))
-    edits = [{**names(result), **look(edit)[0], 'control': look(control)[0]} for result in few for edit, control in [pair(result['group'])]]
+    edits = [{**names, **look(edit)[0], 'control': look(control)[0]} for names, edit, control in few]
     with np.errstate(invalid='ignore'):  # where nothing is added
         constant = {t: {'constancy': number(constancy(*squares.reshape(2, -1), len(starts))), 'norm': number(np.sqrt(squares[1].mean())),
                         'by_layer': [number(v) for v in constancy(*squares, len(starts))]} for t, squares in added.items()}
@@ -413,14 +379,14 @@ def sinks_and_constants(model, tokens, starts, batch_size, reference, few):
 
 
 def continuations(model, prompts, seed, reference, few, coder):
-    """Returns the `samples` of intervene.json. prompts: (B, P)."""
+    """Returns the `samples` of intervene.json. prompts: (B, P). few: as above."""
     def texts(edit):
         return [coder.decode(ids) for ids in sample(model, prompts, NEW_TOKENS, seed, reference, edit).tolist()]
 
     unedited = texts(NOTHING)
-    edits = [(names(result), *map(texts, pair(result['group']))) for result in few]
+    edits = [(names, texts(edit), texts(control)) for names, edit, control in few]
     return [{'prompt': coder.decode(prompt), 'unedited': unedited[i],
-             'edits': [{**name, 'text': text[i], 'control': control[i]} for name, text, control in edits]} for i, prompt in enumerate(prompts.tolist())]
+             'edits': [{**names, 'text': text[i], 'control': control[i]} for names, text, control in edits]} for i, prompt in enumerate(prompts.tolist())]
 
 
 def intervene(checkpoint, path, tokens, meta, args):
@@ -444,50 +410,58 @@ def intervene(checkpoint, path, tokens, meta, args):
     reference = Reference(model, tokens, starts[N:], starts[:N], args.top, batch_size, args.seed)
     weights = bootstrap_weights(args.seed, range(N), REPLICATES)
 
-    def losses_of(results, count, what):
+    def carry_out(results, count, what, labels):
+        """Turns the results' groups of edits into outcomes, on the first `count` sequences. Returns their losses without an edit, and how many edits there were."""
+        def progress(share):
+            if sys.stderr.isatty():
+                text = f'{path}: {what}, {len(edits)} edits of {count} sequences, {share:.0%}' * (share < 1)
+                print(f'\r\033[K{text}', end='', file=sys.stderr, flush=True)
+
         edits = list(dict.fromkeys(edit for result in results for edit in result['group'].values()))
-        return len(edits), *evaluate(model, tokens, starts[:count], edits, reference, batch_size, lambda share: progress(
-            f'{path}: {what}, {len(edits)} edits of {count} sequences, {share:.0%}' * (share < 1)))
+        before, losses = evaluate(model, tokens, starts[:count], edits, reference, batch_size, progress)
+        for result in results:
+            outcomes, carried = {}, {}
+            for name, edit in result.pop('group').items():
+                if labels and (edit.own or edit.positions):
+                    carrier = [kinds[n, reference.entries(edit, n)[0][0]] for n in range(count)]
+                    carried = {'carrier': (np.broadcast_to(np.array(carrier)[:, None], before.shape), labels['class'][1])}
+                outcomes[name] = outcome(before, losses[edit], reference.touched(edit, count), weights[:, :count], {**labels, **carried})
+            result.update(edit=outcomes.pop('edit'), controls=outcomes)
+        return before, len(edits)
 
     decoded, alone = None if model.config.decode_gamma else operator.decoded, len(operator.streams) == 1
-    reached = {stream: range(S - (decoded not in (None, stream))) for stream in streams}  # nothing reads the other stream after the last sublayer
-    peak = {stream: reference.peak(stream) for stream in streams}
-    chosen = {stream: [s for s in reached[stream] if args.sublayer == 'all' or s == (peak[stream] if args.sublayer == 'auto' else int(args.sublayer))]
-              for stream in streams}
-    streams = [stream for stream in streams if chosen[stream]]
-    if not streams:
+    results, sweep, figured = [], [], {}
+    for stream in streams:
+        reached, peak = range(S - (decoded not in (None, stream))), reference.peak(stream)  # nothing reads the other stream after the last sublayer
+        planned = {s: plan(reference, stream, s, HOWS[args.how], stream == decoded, alone) for s in reached
+                   if args.sublayer == 'all' or s == (peak if args.sublayer == 'auto' else int(args.sublayer))}
+        results += sum(planned.values(), [])
+        if planned:
+            figured[stream] = planned[peak if peak in planned else min(planned)]
+        if args.sublayer == 'auto':
+            tried = [result for s in reached for result in plan(reference, stream, s, ('zero',), False, True)]
+            sweep += [result for what in SWEPT for result in tried if (result['what'], result['reach']) == (what, 'once')]
+    if not results:
         raise UserError(f'--stream={args.stream} --sublayer={args.sublayer}, but nothing reads that: ask for an earlier sublayer, or for {decoded}')
-    results = {(stream, s): plan(reference, stream, s, HOWS[args.how], stream == decoded, alone) for stream in streams for s in chosen[stream]}
-    figured = {stream: results[stream, peak[stream] if peak[stream] in chosen[stream] else chosen[stream][0]] for stream in streams}
-    few = [result for group in figured.values() for result in shown(group)]
+    few = [({key: result[key] for key in ('stream', 'sublayer', 'where', 'what', 'how', 'reach')}, result['group']['edit'], result['group']['moved'])
+           for group in figured.values() for result in shown(group)]
     heads = sinks_and_constants(model, tokens, starts[:N], batch_size, reference, few)
     prompts = tokens.windows(starts[N:][:PROMPTS])[0][:, :min(64, tokens.block_size // 2)].to(args.device)
     samples = continuations(model, prompts, args.seed, reference, few, encoding(meta['tokenizer']))
-    results = [result for group in results.values() for result in group]
-    evaluations, before, losses = losses_of(results, N, 'interventions')
-    finish(results, before, losses, reference, weights, labels, kinds)
-    sweep, swept = [], max(N // 2, min(N, FEW))
-    if args.sublayer == 'auto':
-        tried = [result for stream in streams for s in reached[stream] for result in plan(reference, stream, s, ('zero',), False, True)]
-        sweep = [result for stream in streams for what in SWEPT for result in tried if (result['stream'], result['what'], result['reach']) == (stream, what, 'once')]
-        count, unedited, losses = losses_of(sweep, swept, 'every sublayer')
-        evaluations += count
-        finish(sweep, unedited, losses, reference, weights[:, :len(unedited)], {}, None)
-    loss = span(weights, before.sum(1, dtype=np.float64), np.full(N, reference.T))
+    before, evaluations = carry_out(results, N, 'interventions', labels)
+    swept = max(N // 2, min(N, FEW))
+    if sweep:
+        evaluations += carry_out(sweep, swept, 'every sublayer', {})[1]
     report = {'schema': 1, 'checkpoint': str(path), 'iter_num': checkpoint['iter_num'], 'model': {**checkpoint['model_args'], 'parameters': model.num_params()},
               'data': {'name': tokens.path.parent.name, 'split': 'val', 'sequences': N, 'calibration': len(starts) - N, 'sweep_sequences': swept,
                        'block_size': tokens.block_size, 'seed': args.seed},
-              'evaluations': evaluations, 'loss': rounded(loss, N), 'perplexity': number(np.exp(loss[0])), 'sweep': sweep, 'results': results,
+              'evaluations': evaluations, 'loss': interval(weights, before.astype(np.float64), np.ones_like(before, bool)),
+              'perplexity': number(np.exp(before.mean(dtype=np.float64))), 'sweep': sweep, 'results': results,
               'before': {name: {of[i]: {'share': number(found.mean()), 'sequences': int(found.any(1).sum()), 'loss': number(before[found].mean(dtype=np.float64))}
                                 for i in np.unique(places) for found in [places == i]}
                          for name, (places, of) in labels.items()},
               'attention': heads, 'samples': samples}
     return report, figured
-
-
-def progress(text):
-    if sys.stderr.isatty():
-        print(f'\r\033[K{text}', end='', file=sys.stderr, flush=True)
 
 
 def ratio_text(q):
@@ -625,7 +599,7 @@ def draw_classes(name, before, figured, path):
     with figure(path, f'{name}\nchange of loss by class of the predicted token\nbars: 95% intervals over sequences', 1, len(figured), (5.6, 2.3 + 0.4 * len(classes))) as axes:
         for axis, results in zip(axes, map(shown, figured.values())):
             for i, result in enumerate(results):
-                for j, of in enumerate(pair({**result['controls'], 'edit': result['edit']})):
+                for j, of in enumerate((result['edit'], result['controls']['moved'])):
                     for y, key in enumerate(classes):
                         label = f"{result['what']} {result['how']}" + ', moved' * j if y == 0 else None
                         point(axis, y + 0.18 * (2 * i + j - 1.5), *of['by']['class'][key], label, color=('#0072B2', '#D55E00')[i], marker='os'[i],
