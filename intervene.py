@@ -37,7 +37,6 @@ import argparse
 import json
 import math
 import os
-import re
 import sys
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -65,6 +64,8 @@ MARKS = {'edit': dict(color='#000000', marker='o', markersize=4.5, markeredgecol
          'random': dict(color='#0072B2', marker='s'), 'median': dict(color='#009E73', marker='^'), 'other': dict(color='#E69F00', marker='D'),
          'moved': dict(color='#CC79A7', marker='v')}
 SWEPT = {'top': dict(color='#D55E00', marker='o'), 'start': dict(color='#0072B2', marker='s'), 'dims': dict(color='#009E73', marker='^')}
+ROW = '{:33.33} {:24}{:>6} {:>7} {:>7} |' + '{:>7}' * len(CONTROLS)
+COLUMNS = ('ratio [95% interval]', 'loss', 'edited', 'later', *CONTROLS)
 EDGES = (1, 2, 8, 32, 128, 512)
 BUCKETS = ('0', '1', '2–7', '8–31', '32–127', '128–511', '512–')
 
@@ -474,33 +475,29 @@ def signed(q):
     return '–' if v is None else '-+'[v >= 0] + short(abs(v), 3)
 
 
-def row(head, interval, loss, changes, controls):
-    return f'{head:33.33} {interval:24}{loss:>6} ' + ' '.join(f'{change:>7}' for change in changes) + ' |' + ''.join(f'{control:>7}' for control in controls)
-
-
 def result_row(head, result):
     """One line: the edit, its controls after the bar; a star where its interval is apart from all of theirs."""
     edit, controls = result['edit'], result['controls']
     q, others = edit['ratio'], [control['ratio'] for control in controls.values()]
     apart = all(None not in (q['low'], q['high'], c['low'], c['high']) and (q['low'] > c['high'] or q['high'] < c['low']) for c in others)
-    return row(head, f"{ratio_text(q['value'])} [{ratio_text(q['low'])}, {ratio_text(q['high'])}]" + '*' * apart, short(edit['loss'], 4),
-               [signed(edit[key]) for key in ('edited', 'later')], [ratio_text(controls[name]['ratio']['value']) if name in controls else '' for name in CONTROLS])
+    return ROW.format(head, f"{ratio_text(q['value'])} [{ratio_text(q['low'])}, {ratio_text(q['high'])}]" + '*' * apart, short(edit['loss'], 4),
+                      *(signed(edit[key]) for key in ('edited', 'later')), *(ratio_text(controls[name]['ratio']['value']) if name in controls else '' for name in CONTROLS))
 
 
 def print_report(name, report):
-    data, columns = report['data'], ('ratio [95% interval]', 'loss', ('edited', 'later'), CONTROLS)
+    data = report['data']
     print(f"\n{name}, iteration {report['iter_num']}: {data['sequences']} sequences of {data['block_size']} tokens, {data['name']} val, seed {data['seed']}; "
           f"{report['evaluations']} edits")
     print(f"loss {short(report['loss']['value'], 4)}, perplexity {short(report['perplexity'], 4)}. Ratio of perplexities, after an edit to before; loss after it; "
           'changes of\nloss at edited positions and later; ratios of the controls; * apart from them all')
     for (stream, what), results in groupby(report['sweep'], lambda result: (result['stream'], result['what'])):
-        print('\n' + row(f'{stream}, {what} zeroed after sublayer', *columns))
+        print('\n' + ROW.format(f'{stream}, {what} zeroed after sublayer', *COLUMNS))
         for result in results:
             (position, dim), *_ = result['entries']
             print(result_row(f"{result['sublayer']:<3} " + (f"{dim} at {position} in {result['share']:.0%}, {short(result['standout'], 3)} ×" if what == 'top' else
                                                            ' '.join(str(j) for _, j in result['entries'])), result))
     for (stream, s), results in groupby(report['results'], lambda result: (result['stream'], result['sublayer'])):
-        print('\n' + row(f'{stream} after sublayer {s}', *columns))
+        print('\n' + ROW.format(f'{stream} after sublayer {s}', *COLUMNS))
         for result in results:
             print(result_row(f"{result['where']:8}{result['what'] + ' ' + result['how'].replace(' 0.', ' .'):14} {result['reach']}", result))
 
@@ -510,12 +507,12 @@ def print_details(report, figured):
     for results in map(shown, figured.values()):
         heads = [f"{r['stream']} {r['what']} {r['how']} (moved)" for r in results]
         print(f"\n{'change of loss, downstream':28}{'share':>6} {'before':>7}" + ''.join(f'{head:>32}' for head in heads))
-        carriers = {of: {'share': math.nan, 'loss': math.nan} for r in results for of in r['edit']['by'].get('carrier', ())}
-        for breakdown, rows in {**report['before'], 'carrier': carriers}.items():
-            for of, line in rows.items():
-                pairs = [[by.get(breakdown, {}).get(of, [math.nan])[0] for by in (r['edit']['by'], r['controls']['moved']['by'])] for r in results]
-                cells = f"{line['share']:6.1%} {line['loss']:7.3f}" + ''.join(f'{edit:+.4f} ({control:+.4f})'.rjust(32) for edit, control in pairs)
-                print(f"{f'{breakdown} {of}':28}" + re.sub('[+]?nan%?', lambda nan: '–'.rjust(len(nan[0])), cells))
+        rows = {(breakdown, of): f"{line['share']:6.1%} {line['loss']:7.3f}" for breakdown, lines in report['before'].items() for of, line in lines.items()}
+        rows |= {('carrier', of): f"{'–':>6} {'–':>7}" for r in results for of in r['edit']['by'].get('carrier', ())}
+        for (breakdown, of), unedited in rows.items():
+            pairs = [[by['by'].get(breakdown, {}).get(of) for by in (r['edit'], r['controls']['moved'])] for r in results]
+            cells = [f'{edit[0]:+.4f} ({moved[0]:+.4f})' if edit else '   – (   –)' for edit, moved in pairs]
+            print(f"{f'{breakdown} {of}':28}{unedited}" + ''.join(f'{cell:>32}' for cell in cells))
     heads = report['attention']
     print(f"\nattention to position 0, unedited: {heads['unedited']['sink']:.4f}")
     for edit in heads['edits']:
@@ -529,7 +526,7 @@ def print_details(report, figured):
 
 
 def point(axis, y, value, low, high, label, **style):
-    low, high, value = (math.nan if x is None else x for x in (low, high, value))
+    value, low, high = np.array([value, low, high], float)  # None becomes NaN, which is not drawn
     axis.plot([low, high], [y, y], color=style['color'], linewidth=1.2)
     axis.plot(value, y, linestyle='', label=label, **style)
 
@@ -552,18 +549,11 @@ def ratio_ticks(axis):
     axis.set_minor_formatter('')
 
 
-def legend_below(axes, columns):
-    """One legend for the whole figure, beside the data."""
-    handles, labels = (sum(parts, []) for parts in zip(*(axis.get_legend_handles_labels() for axis in axes)))
-    axes[0].figure.legend(handles, labels, loc='outside lower center', ncols=columns, fontsize='small')
-
-
 def draw_ratios(name, figured, sweep, path):
     """Every intervention of a stream in a line, with its controls and 95% intervals; below, the sweep over the sublayers."""
     heights = [1.2 + 0.2 * max(map(len, figured.values())), 3.2][:1 + bool(sweep)]
     with figure(path, f'{name}: perplexity after ÷ before\nbars: 95% intervals over sequences', len(heights), len(figured),
                 (6.2, sum(heights) / len(heights))) as axes:
-        axes = list(axes)
         axes[0].get_gridspec().set_height_ratios(heights)
         for axis, (stream, results) in zip(axes, figured.items()):
             for y, result in enumerate(results):
@@ -576,7 +566,8 @@ def draw_ratios(name, figured, sweep, path):
             ratio_ticks(axis.xaxis)
         for axis, stream in zip(axes[len(figured):], figured):
             draw_sweep(axis, stream, [result for result in sweep if result['stream'] == stream])
-        legend_below(axes[::len(figured)], 1 + 2 * len(figured))
+        handles, labels = (sum(parts, []) for parts in zip(*(axis.get_legend_handles_labels() for axis in axes[::len(figured)])))
+        axes[0].figure.legend(handles, labels, loc='outside lower center', ncols=1 + 2 * len(figured), fontsize='small')
 
 
 def draw_sweep(axis, stream, sweep):
@@ -585,7 +576,7 @@ def draw_sweep(axis, stream, sweep):
         results = [result for result in sweep if result['what'] == what]
         for kind, line in {'random': dict(linestyle=':'), 'moved': dict(linestyle='--'), '': dict(linewidth=1.6, markersize=4, marker=style['marker'])}.items():
             of = [(result['controls'][kind] if kind else result['edit'])['ratio']['value'] for result in results]
-            axis.plot([result['sublayer'] for result in results], [math.nan if v is None else v for v in of], color=style['color'],
+            axis.plot([result['sublayer'] for result in results], np.array(of, float), color=style['color'],
                       label=f'{what} zeroed once' + f', {kind}' * bool(kind), **{'linewidth': 0.8, **line})
     axis.axhline(1, color='#999999', linewidth=0.8)
     axis.set(title=f'{stream}, every sublayer', xlabel='sublayer (even: attention, odd: MLP)', ylabel='perplexity ratio (log scale)', yscale='log')
@@ -607,7 +598,7 @@ def draw_classes(name, before, figured, path):
             finish_panel(axis, [f"{key} ({line['share']:.1%})" for key, line in classes.items()], 0, xlabel='change of loss (nats per token)',
                          title=f"{results[0]['stream']}, sublayer {results[0]['sublayer']} and downstream")
             axis.locator_params(axis='x', nbins=6)
-        legend_below(axes[:1], 4)
+        axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=4, fontsize='small')
 
 
 def parse_arguments(argv):
