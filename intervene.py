@@ -286,8 +286,8 @@ def plan(reference, stream, s, hows, decoded, alone):
 
 
 def interval(weights, values, chosen, scale=lambda means: means):
-    """weights: (R, N) of the bootstrap; values: (N, T); chosen: (N, T) bool. Returns what headline says of their mean, scaled, over those replicates that have drawn any,
-    with low and high if at least FEW sequences bear on it; None where none is chosen."""
+    """weights: (R, N) of the bootstrap; values: (N, T); chosen: (N, T) bool, those that count. Returns {value, low, high} of scale(their mean), over the replicates
+    that have drawn any; low and high are None where fewer than FEW sequences bear on it. None if none is chosen."""
     counts, totals = weights @ chosen.sum(1), weights @ (values * chosen).sum(1)
     if not counts[0]:
         return None
@@ -303,15 +303,27 @@ def outcome(before, after, at, weights, labels):
             'by': {name: {names[i]: list(of(places == i).values()) for i in np.unique(places)} for name, (places, names) in labels.items()}}
 
 
+def finish(results, before, losses, reference, weights, labels, kinds):
+    """Turns the results' groups of edits into outcomes. labels: none, and there are no breakdowns. kinds: (N, T) places of the inputs' classes."""
+    N, T = before.shape
+    for result in results:
+        outcomes, carried = {}, {}
+        for name, edit in result.pop('group').items():
+            if labels and (edit.own or edit.positions):
+                carrier = np.array([kinds[n, reference.entries(edit, n)[0][0]] for n in range(N)])
+                carried = {'carrier': (carrier[:, None].repeat(T, 1), labels['class'][1])}
+            outcomes[name] = outcome(before, losses[edit], reference.touched(edit, N), weights, {**labels, **carried})
+        result.update(edit=outcomes.pop('edit'), controls=outcomes)
+
+
 def label(tokens, starts, meta):
     """Returns {breakdown: ((N, T) places, names)} of the predicted tokens, and the classes of the inputs, (N, T)."""
     coder, language = encoding(meta['tokenizer']), language_of(meta if 'source' in meta else tokens.path.parent.name)
     windows = [np.append(idx, targets[-1:]) for idx, targets in zip(*(t.numpy() for t in tokens.windows(starts)))]
     kinds = np.stack([classify(ids, coder, language) for ids in windows])
     since = np.stack([structure(ids, coder, language)['since_line'] for ids in windows])
-    position = np.broadcast_to(np.arange(tokens.block_size), kinds[:, 1:].shape)
-    return {'class': (kinds[:, 1:], CLASSES[language]), 'position': (np.searchsorted(EDGES, position, 'right'), BUCKETS),
-            'since_line': (np.searchsorted(EDGES, since[:, 1:], 'right'), BUCKETS)}, kinds[:, :-1]
+    position, since = (np.searchsorted(EDGES, of, 'right') for of in (np.arange(tokens.block_size), since[:, 1:]))
+    return {'class': (kinds[:, 1:], CLASSES[language]), 'position': (np.broadcast_to(position, since.shape), BUCKETS), 'since_line': (since, BUCKETS)}, kinds[:, :-1]
 
 
 @torch.no_grad()
@@ -412,7 +424,7 @@ def intervene(checkpoint, path, tokens, meta, args):
     weights = bootstrap_weights(args.seed, range(N), REPLICATES)
 
     def carry_out(results, count, what, labels):
-        """Turns the results' groups of edits into outcomes, on the first `count` sequences. Returns their losses without an edit, and how many edits there were."""
+        """Evaluates what is planned on the first `count` sequences. Returns their losses without an edit, and how many edits there were."""
         def progress(share):
             if sys.stderr.isatty():
                 text = f'{path}: {what}, {len(edits)} edits of {count} sequences, {share:.0%}' * (share < 1)
@@ -420,14 +432,7 @@ def intervene(checkpoint, path, tokens, meta, args):
 
         edits = list(dict.fromkeys(edit for result in results for edit in result['group'].values()))
         before, losses = evaluate(model, tokens, starts[:count], edits, reference, batch_size, progress)
-        for result in results:
-            outcomes, carried = {}, {}
-            for name, edit in result.pop('group').items():
-                if labels and (edit.own or edit.positions):
-                    carrier = [kinds[n, reference.entries(edit, n)[0][0]] for n in range(count)]
-                    carried = {'carrier': (np.broadcast_to(np.array(carrier)[:, None], before.shape), labels['class'][1])}
-                outcomes[name] = outcome(before, losses[edit], reference.touched(edit, count), weights[:, :count], {**labels, **carried})
-            result.update(edit=outcomes.pop('edit'), controls=outcomes)
+        finish(results, before, losses, reference, weights[:, :count], labels, kinds)
         return before, len(edits)
 
     decoded, alone = None if model.config.decode_gamma else operator.decoded, len(operator.streams) == 1
