@@ -37,11 +37,11 @@ import argparse
 import json
 import math
 import os
-import re
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from itertools import groupby
+from functools import partial
+from itertools import groupby, product
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +64,8 @@ MARKS = {'edit': dict(color='#000000', marker='o', markersize=4.5, markeredgecol
          'random': dict(color='#0072B2', marker='s'), 'median': dict(color='#009E73', marker='^'), 'other': dict(color='#E69F00', marker='D'),
          'moved': dict(color='#CC79A7', marker='v')}
 SWEPT = {'top': dict(color='#D55E00', marker='o'), 'start': dict(color='#0072B2', marker='s'), 'dims': dict(color='#009E73', marker='^')}
+ROW = '{:33.33} {:24}{:>6} {:>7} {:>7} |' + '{:>7}' * len(CONTROLS)
+COLUMNS = ('ratio [95% interval]', 'loss', 'edited', 'later', *CONTROLS)
 EDGES = (1, 2, 8, 32, 128, 512)
 BUCKETS = ('0', '1', '2–7', '8–31', '32–127', '128–511', '512–')
 
@@ -96,7 +98,7 @@ class Reference:
         device, names, N = model.head.weight.device, RESIDUALS[model.config.residual].streams, len(evaluated)
         self.mean, self.magnitude, self.limit = ({stream: torch.zeros(self.S + 1, *shape, device=device) for stream in names}
                                                  for shape in ((self.T, self.d), (self.T, self.d), (len(QUANTILES),)))
-        self.own = {stream: np.zeros((self.S + 1, 2, N, k), np.int64) for stream in names}                       # positions, dimensions
+        self.own = {stream: np.zeros((self.S + 1, N, k), np.int64) for stream in names}                          # indices into T · d
         self.over = {stream: np.zeros((self.S + 1, len(QUANTILES), N, self.T), bool) for stream in names}        # is an entry above the limit?
         ranks = [math.ceil(q * self.T * self.d) - 1 for q in QUANTILES]
 
@@ -112,8 +114,7 @@ class Reference:
             self.magnitude[stream][level] += a.sum(0) / len(starts)
             self.limit[stream][level] += a.flatten(1).sort(1).values[:, ranks].sum(0) / len(starts)
         for rows, stream, level, _, a in passes(evaluated):
-            index = topk_first(a.flatten(1), k)[1]
-            self.own[stream][level, :, rows] = torch.stack([index // self.d, index % self.d]).cpu().numpy()
+            self.own[stream][level, rows] = topk_first(a.flatten(1), k)[1].cpu().numpy()
             self.over[stream][level, :, rows] = (a.amax(-1) > self.limit[stream][level][:, None, None]).cpu().numpy()
 
     def pick(self, stream, level):
@@ -124,15 +125,9 @@ class Reference:
 
     def common(self, stream, level):
         """Returns the most frequent of the sequences' own entries, [[position, dimension]], and the share of the sequences that have the first."""
-        t, j = self.own[stream][level]
-        index, counts = np.unique(t * self.d + j, return_counts=True)
+        index, counts = np.unique(self.own[stream][level], return_counts=True)
         order = (-counts).argsort(kind='stable')[:self.k]
-        return [list(divmod(i, self.d)) for i in index[order].tolist()], number(counts[order[0]] / len(t))
-
-    def median_dims(self, stream, level, k, at_start):
-        """The k dimensions in the middle of the order by magnitude, at position 0 or over all of them."""
-        a = self.magnitude[stream][level]
-        return tuple((a[0] if at_start else a.mean(0)).argsort(stable=True)[(self.d - k) // 2:][:k].tolist())
+        return [list(divmod(i, self.d)) for i in index[order].tolist()], number(counts[order[0]] / len(self.own[stream][level]))
 
     def standout(self, stream, level):
         """The largest mean magnitude over the median dimension of the same position: unlike max over median, not raised by tokens that commit little."""
@@ -152,14 +147,14 @@ class Reference:
         return order[~np.isin(order, dims)]
 
     def entries(self, edit, n):
-        """Returns the positions, or None for all, and the dimensions that an edit changes in sequence n of the evaluated ones."""
-        positions, dims = self.own[edit.stream][edit.own, :, n].tolist() if edit.own else (edit.positions, edit.dims)
+        """Returns the positions, or a slice of all, and the dimensions that an edit changes in sequence n of the evaluated ones."""
+        positions, dims = (part.tolist() for part in np.divmod(self.own[edit.stream][edit.own, n], self.d)) if edit.own else (edit.positions, edit.dims)
         if edit.control == 'other':
             positions = [(t + self.T // 2) % self.T for t in positions]
         if edit.control == 'random':
             positions = positions and (philox(self.seed, 2**33 + n).random_raw(len(dims)) % np.uint64(self.T)).tolist()
             dims = self.other_dims(dims, n)[:len(dims)]
-        return positions, dims
+        return slice(None) if positions is None else positions, dims
 
     def touched(self, edit, N):
         """Returns (N, T) bool: the positions that an edit changes in the first N evaluated sequences."""
@@ -167,22 +162,21 @@ class Reference:
             return self.over[edit.stream][list(edit.levels), QUANTILES.index(edit.quantile), :N].any(0)
         at = np.zeros((N, self.T), bool)
         for n in range(N):
-            positions = self.entries(edit, n)[0]
-            at[n, slice(None) if positions is None else list(positions)] = True
+            at[n, self.entries(edit, n)[0]] = True
         return at
 
     def aim(self, edit, sequences):
         """Returns the mask of the entries that an edit replaces in these sequences, (B, T, d) bool, and for `moved`, (B, d): the dimension whose
         change each takes."""
-        mask, source = torch.zeros(len(sequences), self.T, self.d, dtype=torch.bool), np.empty((len(sequences), self.d), np.int64)
+        mask, source = np.zeros((len(sequences), self.T, self.d), bool), np.empty((len(sequences), self.d), np.int64)
         for row, taken, n in zip(mask, source, sequences):
             positions, dims = self.entries(edit, n)
-            row[slice(None) if positions is None else list(positions), list(dims)] = True
+            row[positions, dims] = True
             if edit.control == 'moved':
                 few = sorted(set(dims)) if len(dims) <= self.d // 2 else []  # they take the first of the others, which take the next
                 order = np.append(few, self.other_dims(few, n)).astype(np.int64)
                 taken[np.roll(order, -max(1, len(few)))] = order
-        return mask, torch.from_numpy(source) if edit.control == 'moved' else None
+        return torch.from_numpy(mask), torch.from_numpy(source) if edit.control == 'moved' else None
 
     def change(self, edit, level, x, mask):
         """x: (B, T or fewer, d), the edit's stream at that level. Returns what the edit makes of it."""
@@ -190,7 +184,7 @@ class Reference:
             limit = self.limit[edit.stream][level, QUANTILES.index(edit.quantile)]
             return x.clamp(-limit, limit)
         T = x.shape[1]
-        return torch.where(mask[:, :T], self.mean[edit.stream][level, :T] if edit.how == 'mean' else x.new_zeros(()), x)
+        return torch.where(mask[:, :T], self.mean[edit.stream][level, :T] if edit.how == 'mean' else 0.0, x)
 
 
 @contextmanager
@@ -211,42 +205,35 @@ def edited(model, edit, reference, sequences):
     def changed(level, streams):
         return {**streams, edit.stream: change(level, streams[edit.stream])}
 
-    handles, wrapped = [], []
-    for level in edit.levels:
-        if edit.where == 'stream':
-            handles.append(model.sublayers[level - 1].register_forward_hook(lambda _, __, output, level=level: (changed(level, output[0]), output[1])))
-        elif edit.where == 'reads':
-            wrapped.append(residual := model.sublayers[level].residual)
-            residual.read = lambda streams, level=level, read=residual.read: read(changed(level, streams))
-        else:
-            handles.append(model.norm.register_forward_pre_hook(lambda _, inputs, level=level: (change(level, inputs[0]),)))
-    try:
+    with ExitStack() as undo:
+        for level in edit.levels:
+            if edit.where == 'stream':
+                undo.enter_context(model.sublayers[level - 1].register_forward_hook(lambda _, __, output, level=level: (changed(level, output[0]), output[1])))
+            elif edit.where == 'decoder':
+                undo.enter_context(model.norm.register_forward_pre_hook(lambda _, inputs, level=level: change(level, inputs[0])))
+            else:
+                residual = model.sublayers[level].residual
+                residual.read = lambda streams, level=level, read=residual.read: read(changed(level, streams))
+                undo.callback(delattr, residual, 'read')  # the class's own is seen again
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for residual in wrapped:
-            del residual.read  # the class's own is seen again
 
 
 def states(model, idx):
     """idx: (B, T). Returns the streams at every level, a list of S + 1 dicts, and the logits."""
-    seen = []
-    handle = model.sublayers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    with hooked(model, lambda s, streams: seen.append(streams)):
-        logits = model(idx)
-    handle.remove()
-    return seen, logits
+    seen = [model.start(idx)]
+    for sublayer in model.sublayers:
+        seen.append(sublayer(seen[-1])[0])
+    return seen, model.head(model.decode(seen[-1]))
 
 
 @torch.no_grad()
 def evaluate(model, tokens, starts, edits, reference, batch_size, progress=lambda done: None):
     """Returns the loss of every prediction without an edit, (N, T) float32, and {edit: the same with it}. What an edit does not reach is not computed again."""
-    device, results = model.head.weight.device, {edit: [] for edit in (None, *edits)}
+    device, losses = model.head.weight.device, np.zeros((1 + len(edits), len(starts), tokens.block_size), np.float32)
     for i in range(0, len(starts), batch_size):
         idx, targets = (t.to(device) for t in tokens.windows(starts[i:i + batch_size]))
         before, logits = states(model, idx)
-        for count, edit in enumerate(results):
+        for count, edit in enumerate((None, *edits)):
             if edit is not None:
                 first = min((level - (edit.where == 'stream') for level in edit.levels), default=0)
                 streams = before[first]
@@ -254,11 +241,9 @@ def evaluate(model, tokens, starts, edits, reference, batch_size, progress=lambd
                     for sublayer in model.sublayers[first:]:
                         streams, _ = sublayer(streams)
                     logits = model.head(model.decode(streams))
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction='none').view_as(targets)
-            results[edit].append(loss.cpu().numpy())
-            progress((i * len(results) + (count + 1) * len(idx)) / (len(starts) * len(results)))
-    results = {edit: np.concatenate(parts) for edit, parts in results.items()}
-    return results.pop(None), results
+            losses[count, i:i + len(idx)] = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction='none').view_as(targets).cpu()
+            progress((i * len(losses) + (count + 1) * len(idx)) / (len(starts) * len(losses)))
+    return losses[0], dict(zip(edits, losses[1:]))
 
 
 def with_controls(edit, reference, level):
@@ -266,7 +251,9 @@ def with_controls(edit, reference, level):
     group, k, placed = {'edit': edit}, reference.k if edit.own else len(edit.dims), bool(edit.own or edit.positions)
     if 0 < k < reference.d:
         group['random'] = replace(edit, control='random')
-        group['median'] = replace(edit, own=0, dims=reference.median_dims(edit.stream, level, k, placed), positions=(0,) * k if placed else None)
+        magnitude = reference.magnitude[edit.stream][level]
+        order = (magnitude[0] if placed else magnitude.mean(0)).argsort(stable=True)
+        group['median'] = replace(edit, own=0, dims=tuple(order[(reference.d - k) // 2:][:k].tolist()), positions=(0,) * k if placed else None)
         if placed:
             group['other'] = replace(edit, control='other')
     return {**group, 'moved': replace(edit, control='moved')}
@@ -283,16 +270,11 @@ def plan(reference, stream, s, hows, decoded, alone):
 
     results, S, replacing = [], reference.S, [how for how in hows if how != 'clip']
     here, last, reaches = reference.pick(stream, s + 1), reference.pick(stream, S), {'once': (s + 1,), 'downstream': range(s + 1, S + 1)}
-    for what in ('top', *here):
-        for how in replacing:
-            for reach, levels in reaches.items():
-                add('stream', what, how, reach, levels, s + 1, *here.get(what, ()), own=0 if what in here else s + 1)
-    for reach, levels in reaches.items():
-        for quantile in QUANTILES if 'clip' in hows else ():
-            add('stream', 'all', 'clip', reach, levels, s + 1, quantile=quantile)
-    if not decoded:
-        return results
-    for how in replacing:
+    for what, how, (reach, levels) in product(('top', *here), replacing, reaches.items()):
+        add('stream', what, how, reach, levels, s + 1, *here.get(what, ()), own=0 if what in here else s + 1)
+    for (reach, levels), quantile in product(reaches.items(), QUANTILES if 'clip' in hows else ()):
+        add('stream', 'all', 'clip', reach, levels, s + 1, quantile=quantile)
+    for how in replacing if decoded else ():
         for what, entries in here.items():
             add('reads', what, how, 'every', range(S), s + 1, *entries)
             add('decoder', what, how, '', (S,), s + 1, *entries)
@@ -303,43 +285,35 @@ def plan(reference, stream, s, hows, decoded, alone):
     return results
 
 
-def span(weights, totals, counts):
-    """weights: (R, N) of the bootstrap; totals, counts: (N,) of each sequence. Returns (R,) of the mean, of those replicates that have drawn any; or None."""
-    counts, totals = weights @ counts, weights @ totals
-    return totals[counts > 0] / counts[counts > 0] if counts[0] else None
-
-
-def rounded(values, sequences):
-    """values: what span returns; sequences: how many of them bear on it."""
-    return values if values is None else {key: value if key == 'value' or sequences >= FEW else None
-                                          for key, value in headline(values).items() if key in ('value', 'low', 'high')}
+def interval(weights, values, chosen, scale=lambda means: means):
+    """weights: (R, N) of the bootstrap; values: (N, T); chosen: (N, T) bool, those that count. Returns {value, low, high} of scale(their mean), over the replicates
+    that have drawn any; low and high are None where fewer than FEW sequences bear on it. None if none is chosen."""
+    counts, totals = weights @ chosen.sum(1), weights @ (values * chosen).sum(1)
+    if not counts[0]:
+        return None
+    of, enough = headline(scale(totals[counts > 0] / counts[counts > 0])), chosen.any(1).sum() >= FEW
+    return {'value': of['value'], 'low': of['low'] if enough else None, 'high': of['high'] if enough else None}
 
 
 def outcome(before, after, at, weights, labels):
     """before, after: (N, T) losses. at: (N, T) bool, the positions edited. labels: {breakdown: ((N, T) places, names)}."""
-    change = after.astype(np.float64) - before
-
-    def of(chosen, scale=lambda values: values):
-        values = span(weights, (change * chosen).sum(1), chosen.sum(1))
-        return None if values is None else rounded(scale(values), chosen.any(1).sum())
-    loss = after.mean(dtype=np.float64)
+    of, loss = partial(interval, weights, after.astype(np.float64) - before), after.mean(dtype=np.float64)
     return {'loss': number(loss), 'perplexity': number(np.exp(loss)), 'ratio': of(np.ones_like(at), np.exp),
             'edited': of(at), 'later': of(~at & np.logical_or.accumulate(at, 1)),
             'by': {name: {names[i]: list(of(places == i).values()) for i in np.unique(places)} for name, (places, names) in labels.items()}}
 
 
-def finish(results, unedited, losses, reference, weights, labels, kinds):
-    """Turns the results' groups of edits into outcomes. kinds: (N, T) places of the inputs' classes, or None: no breakdowns."""
-    N, T = unedited.shape
+def finish(results, before, losses, reference, weights, labels, kinds):
+    """Turns the results' groups of edits into outcomes. labels: none, and there are no breakdowns. kinds: (N, T) places of the inputs' classes."""
+    N, T = before.shape
     for result in results:
         outcomes, carried = {}, {}
         for name, edit in result.pop('group').items():
             if labels and (edit.own or edit.positions):
-                carrier = [kinds[n, reference.entries(edit, n)[0][0]] for n in range(N)]
-                carried = {'carrier': (np.repeat(np.array(carrier)[:, None], T, 1), labels['class'][1])}
-            outcomes[name] = outcome(unedited, losses[edit], reference.touched(edit, N), weights, {**labels, **carried})
+                carrier = np.array([kinds[n, reference.entries(edit, n)[0][0]] for n in range(N)])
+                carried = {'carrier': (carrier[:, None].repeat(T, 1), labels['class'][1])}
+            outcomes[name] = outcome(before, losses[edit], reference.touched(edit, N), weights, {**labels, **carried})
         result.update(edit=outcomes.pop('edit'), controls=outcomes)
-    return results
 
 
 def label(tokens, starts, meta):
@@ -348,9 +322,8 @@ def label(tokens, starts, meta):
     windows = [np.append(idx, targets[-1:]) for idx, targets in zip(*(t.numpy() for t in tokens.windows(starts)))]
     kinds = np.stack([classify(ids, coder, language) for ids in windows])
     since = np.stack([structure(ids, coder, language)['since_line'] for ids in windows])
-    position = np.broadcast_to(np.arange(tokens.block_size), kinds[:, 1:].shape)
-    return {'class': (kinds[:, 1:], CLASSES[language]), 'position': (np.searchsorted(EDGES, position, 'right'), BUCKETS),
-            'since_line': (np.searchsorted(EDGES, since[:, 1:], 'right'), BUCKETS)}, kinds[:, :-1]
+    position, since = (np.searchsorted(EDGES, of, 'right') for of in (np.arange(tokens.block_size), since[:, 1:]))
+    return {'class': (kinds[:, 1:], CLASSES[language]), 'position': (np.broadcast_to(position, since.shape), BUCKETS), 'since_line': (since, BUCKETS)}, kinds[:, :-1]
 
 
 @torch.no_grad()
@@ -404,23 +377,14 @@ def shown(results):
     return [r for r in results if r['where'] == 'stream' and r['reach'] == 'downstream' and r['how'] == results[0]['how'] and r['what'] != 'top']
 
 
-def pair(outcomes):
-    """Of an edit and its controls, by name: the edit, and the control that every edit has, whose change is as large and at the same tokens."""
-    return outcomes['edit'], outcomes['moved']
-
-
-def names(result):
-    return {key: result[key] for key in ('stream', 'sublayer', 'where', 'what', 'how', 'reach')}
-
-
 def sinks_and_constants(model, tokens, starts, batch_size, reference, few):
-    """Returns the `attention` of intervene.json. few: results with their groups of edits."""
+    """Returns the `attention` of intervene.json. few: (what it says of an edit, the edit, its control)."""
     def look(edit, positions=()):
         heads, added = attention(model, tokens, starts, batch_size, reference, edit, positions)
         return {'sink': number(heads.mean()), 'by_layer': [number(v) for v in heads.mean(1)]}, added
 
     unedited, added = look(NOTHING, (0, 1, reference.T // 2))
-    edits = [{**names(result), **look(edit)[0], 'control': look(control)[0]} for result in few for edit, control in [pair(result['group'])]]
+    edits = [{**names, **look(edit)[0], 'control': look(control)[0]} for names, edit, control in few]
     with np.errstate(invalid='ignore'):  # where nothing is added
         constant = {t: {'constancy': number(constancy(*squares.reshape(2, -1), len(starts))), 'norm': number(np.sqrt(squares[1].mean())),
                         'by_layer': [number(v) for v in constancy(*squares, len(starts))]} for t, squares in added.items()}
@@ -428,14 +392,14 @@ def sinks_and_constants(model, tokens, starts, batch_size, reference, few):
 
 
 def continuations(model, prompts, seed, reference, few, coder):
-    """Returns the `samples` of intervene.json. prompts: (B, P)."""
+    """Returns the `samples` of intervene.json. prompts: (B, P). few: as above."""
     def texts(edit):
         return [coder.decode(ids) for ids in sample(model, prompts, NEW_TOKENS, seed, reference, edit).tolist()]
 
     unedited = texts(NOTHING)
-    edits = [(names(result), *map(texts, pair(result['group']))) for result in few]
+    edits = [(names, texts(edit), texts(control)) for names, edit, control in few]
     return [{'prompt': coder.decode(prompt), 'unedited': unedited[i],
-             'edits': [{**name, 'text': text[i], 'control': control[i]} for name, text, control in edits]} for i, prompt in enumerate(prompts.tolist())]
+             'edits': [{**names, 'text': text[i], 'control': control[i]} for names, text, control in edits]} for i, prompt in enumerate(prompts.tolist())]
 
 
 def intervene(checkpoint, path, tokens, meta, args):
@@ -459,50 +423,51 @@ def intervene(checkpoint, path, tokens, meta, args):
     reference = Reference(model, tokens, starts[N:], starts[:N], args.top, batch_size, args.seed)
     weights = bootstrap_weights(args.seed, range(N), REPLICATES)
 
-    def losses_of(results, count, what):
+    def carry_out(results, count, what, labels):
+        """Evaluates what is planned on the first `count` sequences. Returns their losses without an edit, and how many edits there were."""
+        def progress(share):
+            if sys.stderr.isatty():
+                text = f'{path}: {what}, {len(edits)} edits of {count} sequences, {share:.0%}' * (share < 1)
+                print(f'\r\033[K{text}', end='', file=sys.stderr, flush=True)
+
         edits = list(dict.fromkeys(edit for result in results for edit in result['group'].values()))
-        return len(edits), *evaluate(model, tokens, starts[:count], edits, reference, batch_size, lambda share: progress(
-            f'{path}: {what}, {len(edits)} edits of {count} sequences, {share:.0%}' * (share < 1)))
+        before, losses = evaluate(model, tokens, starts[:count], edits, reference, batch_size, progress)
+        finish(results, before, losses, reference, weights[:, :count], labels, kinds)
+        return before, len(edits)
 
     decoded, alone = None if model.config.decode_gamma else operator.decoded, len(operator.streams) == 1
-    reached = {stream: range(S - (decoded not in (None, stream))) for stream in streams}  # nothing reads the other stream after the last sublayer
-    peak = {stream: reference.peak(stream) for stream in streams}
-    chosen = {stream: [s for s in reached[stream] if args.sublayer == 'all' or s == (peak[stream] if args.sublayer == 'auto' else int(args.sublayer))]
-              for stream in streams}
-    streams = [stream for stream in streams if chosen[stream]]
-    if not streams:
+    results, sweep, figured = [], [], {}
+    for stream in streams:
+        reached, peak = range(S - (decoded not in (None, stream))), reference.peak(stream)  # nothing reads the other stream after the last sublayer
+        planned = {s: plan(reference, stream, s, HOWS[args.how], stream == decoded, alone) for s in reached
+                   if args.sublayer == 'all' or s == (peak if args.sublayer == 'auto' else int(args.sublayer))}
+        results += sum(planned.values(), [])
+        if planned:
+            figured[stream] = planned[peak if peak in planned else min(planned)]
+        if args.sublayer == 'auto':
+            tried = [result for s in reached for result in plan(reference, stream, s, ('zero',), False, True)]
+            sweep += [result for what in SWEPT for result in tried if (result['what'], result['reach']) == (what, 'once')]
+    if not results:
         raise UserError(f'--stream={args.stream} --sublayer={args.sublayer}, but nothing reads that: ask for an earlier sublayer, or for {decoded}')
-    results = {(stream, s): plan(reference, stream, s, HOWS[args.how], stream == decoded, alone) for stream in streams for s in chosen[stream]}
-    figured = {stream: results[stream, peak[stream] if peak[stream] in chosen[stream] else chosen[stream][0]] for stream in streams}
-    few = [result for group in figured.values() for result in shown(group)]
+    few = [({key: result[key] for key in ('stream', 'sublayer', 'where', 'what', 'how', 'reach')}, result['group']['edit'], result['group']['moved'])
+           for group in figured.values() for result in shown(group)]
     heads = sinks_and_constants(model, tokens, starts[:N], batch_size, reference, few)
     prompts = tokens.windows(starts[N:][:PROMPTS])[0][:, :min(64, tokens.block_size // 2)].to(args.device)
     samples = continuations(model, prompts, args.seed, reference, few, encoding(meta['tokenizer']))
-    results = [result for group in results.values() for result in group]
-    evaluations, before, losses = losses_of(results, N, 'interventions')
-    finish(results, before, losses, reference, weights, labels, kinds)
-    sweep, swept = [], max(N // 2, min(N, FEW))
-    if args.sublayer == 'auto':
-        tried = [result for stream in streams for s in reached[stream] for result in plan(reference, stream, s, ('zero',), False, True)]
-        sweep = [result for stream in streams for what in SWEPT for result in tried if (result['stream'], result['what'], result['reach']) == (stream, what, 'once')]
-        count, unedited, losses = losses_of(sweep, swept, 'every sublayer')
-        evaluations += count
-        finish(sweep, unedited, losses, reference, weights[:, :len(unedited)], {}, None)
-    loss = span(weights, before.sum(1, dtype=np.float64), np.full(N, reference.T))
+    before, evaluations = carry_out(results, N, 'interventions', labels)
+    swept = max(N // 2, min(N, FEW))
+    if sweep:
+        evaluations += carry_out(sweep, swept, 'every sublayer', {})[1]
     report = {'schema': 1, 'checkpoint': str(path), 'iter_num': checkpoint['iter_num'], 'model': {**checkpoint['model_args'], 'parameters': model.num_params()},
               'data': {'name': tokens.path.parent.name, 'split': 'val', 'sequences': N, 'calibration': len(starts) - N, 'sweep_sequences': swept,
                        'block_size': tokens.block_size, 'seed': args.seed},
-              'evaluations': evaluations, 'loss': rounded(loss, N), 'perplexity': number(np.exp(loss[0])), 'sweep': sweep, 'results': results,
+              'evaluations': evaluations, 'loss': interval(weights, before.astype(np.float64), np.ones_like(before, bool)),
+              'perplexity': number(np.exp(before.mean(dtype=np.float64))), 'sweep': sweep, 'results': results,
               'before': {name: {of[i]: {'share': number(found.mean()), 'sequences': int(found.any(1).sum()), 'loss': number(before[found].mean(dtype=np.float64))}
                                 for i in np.unique(places) for found in [places == i]}
                          for name, (places, of) in labels.items()},
               'attention': heads, 'samples': samples}
     return report, figured
-
-
-def progress(text):
-    if sys.stderr.isatty():
-        print(f'\r\033[K{text}', end='', file=sys.stderr, flush=True)
 
 
 def ratio_text(q):
@@ -515,33 +480,29 @@ def signed(q):
     return '–' if v is None else '-+'[v >= 0] + short(abs(v), 3)
 
 
-def row(head, interval, loss, changes, controls):
-    return f'{head:33.33} {interval:24}{loss:>6} ' + ' '.join(f'{change:>7}' for change in changes) + ' |' + ''.join(f'{control:>7}' for control in controls)
-
-
 def result_row(head, result):
     """One line: the edit, its controls after the bar; a star where its interval is apart from all of theirs."""
     edit, controls = result['edit'], result['controls']
     q, others = edit['ratio'], [control['ratio'] for control in controls.values()]
     apart = all(None not in (q['low'], q['high'], c['low'], c['high']) and (q['low'] > c['high'] or q['high'] < c['low']) for c in others)
-    return row(head, f"{ratio_text(q['value'])} [{ratio_text(q['low'])}, {ratio_text(q['high'])}]" + '*' * apart, short(edit['loss'], 4),
-               [signed(edit[key]) for key in ('edited', 'later')], [ratio_text(controls[name]['ratio']['value']) if name in controls else '' for name in CONTROLS])
+    return ROW.format(head, f"{ratio_text(q['value'])} [{ratio_text(q['low'])}, {ratio_text(q['high'])}]" + '*' * apart, short(edit['loss'], 4),
+                      *(signed(edit[key]) for key in ('edited', 'later')), *(ratio_text(controls[name]['ratio']['value']) if name in controls else '' for name in CONTROLS))
 
 
 def print_report(name, report):
-    data, columns = report['data'], ('ratio [95% interval]', 'loss', ('edited', 'later'), CONTROLS)
+    data = report['data']
     print(f"\n{name}, iteration {report['iter_num']}: {data['sequences']} sequences of {data['block_size']} tokens, {data['name']} val, seed {data['seed']}; "
           f"{report['evaluations']} edits")
     print(f"loss {short(report['loss']['value'], 4)}, perplexity {short(report['perplexity'], 4)}. Ratio of perplexities, after an edit to before; loss after it; "
           'changes of\nloss at edited positions and later; ratios of the controls; * apart from them all')
     for (stream, what), results in groupby(report['sweep'], lambda result: (result['stream'], result['what'])):
-        print('\n' + row(f'{stream}, {what} zeroed after sublayer', *columns))
+        print('\n' + ROW.format(f'{stream}, {what} zeroed after sublayer', *COLUMNS))
         for result in results:
             (position, dim), *_ = result['entries']
             print(result_row(f"{result['sublayer']:<3} " + (f"{dim} at {position} in {result['share']:.0%}, {short(result['standout'], 3)} ×" if what == 'top' else
                                                            ' '.join(str(j) for _, j in result['entries'])), result))
     for (stream, s), results in groupby(report['results'], lambda result: (result['stream'], result['sublayer'])):
-        print('\n' + row(f'{stream} after sublayer {s}', *columns))
+        print('\n' + ROW.format(f'{stream} after sublayer {s}', *COLUMNS))
         for result in results:
             print(result_row(f"{result['where']:8}{result['what'] + ' ' + result['how'].replace(' 0.', ' .'):14} {result['reach']}", result))
 
@@ -551,12 +512,12 @@ def print_details(report, figured):
     for results in map(shown, figured.values()):
         heads = [f"{r['stream']} {r['what']} {r['how']} (moved)" for r in results]
         print(f"\n{'change of loss, downstream':28}{'share':>6} {'before':>7}" + ''.join(f'{head:>32}' for head in heads))
-        carriers = {of: {'share': math.nan, 'loss': math.nan} for r in results for of in r['edit']['by'].get('carrier', ())}
-        for breakdown, rows in {**report['before'], 'carrier': carriers}.items():
-            for of, line in rows.items():
-                pairs = [[by.get(breakdown, {}).get(of, [math.nan])[0] for by in (r['edit']['by'], r['controls']['moved']['by'])] for r in results]
-                cells = f"{line['share']:6.1%} {line['loss']:7.3f}" + ''.join(f'{edit:+.4f} ({control:+.4f})'.rjust(32) for edit, control in pairs)
-                print(f"{f'{breakdown} {of}':28}" + re.sub('[+]?nan%?', lambda nan: '–'.rjust(len(nan[0])), cells))
+        rows = {(breakdown, of): f"{line['share']:6.1%} {line['loss']:7.3f}" for breakdown, lines in report['before'].items() for of, line in lines.items()}
+        rows |= {('carrier', of): f"{'–':>6} {'–':>7}" for r in results for of in r['edit']['by'].get('carrier', ())}
+        for (breakdown, of), unedited in rows.items():
+            pairs = [[by['by'].get(breakdown, {}).get(of) for by in (r['edit'], r['controls']['moved'])] for r in results]
+            cells = [f'{edit[0]:+.4f} ({moved[0]:+.4f})' if edit else '   – (   –)' for edit, moved in pairs]
+            print(f"{f'{breakdown} {of}':28}{unedited}" + ''.join(f'{cell:>32}' for cell in cells))
     heads = report['attention']
     print(f"\nattention to position 0, unedited: {heads['unedited']['sink']:.4f}")
     for edit in heads['edits']:
@@ -570,7 +531,7 @@ def print_details(report, figured):
 
 
 def point(axis, y, value, low, high, label, **style):
-    low, high, value = (math.nan if x is None else x for x in (low, high, value))
+    value, low, high = np.array([value, low, high], float)  # None becomes NaN, which is not drawn
     axis.plot([low, high], [y, y], color=style['color'], linewidth=1.2)
     axis.plot(value, y, linestyle='', label=label, **style)
 
@@ -593,18 +554,11 @@ def ratio_ticks(axis):
     axis.set_minor_formatter('')
 
 
-def legend_below(axes, columns):
-    """One legend for the whole figure, beside the data."""
-    handles, labels = (sum(parts, []) for parts in zip(*(axis.get_legend_handles_labels() for axis in axes)))
-    axes[0].figure.legend(handles, labels, loc='outside lower center', ncols=columns, fontsize='small')
-
-
 def draw_ratios(name, figured, sweep, path):
     """Every intervention of a stream in a line, with its controls and 95% intervals; below, the sweep over the sublayers."""
     heights = [1.2 + 0.2 * max(map(len, figured.values())), 3.2][:1 + bool(sweep)]
     with figure(path, f'{name}: perplexity after ÷ before\nbars: 95% intervals over sequences', len(heights), len(figured),
                 (6.2, sum(heights) / len(heights))) as axes:
-        axes = list(axes)
         axes[0].get_gridspec().set_height_ratios(heights)
         for axis, (stream, results) in zip(axes, figured.items()):
             for y, result in enumerate(results):
@@ -617,7 +571,8 @@ def draw_ratios(name, figured, sweep, path):
             ratio_ticks(axis.xaxis)
         for axis, stream in zip(axes[len(figured):], figured):
             draw_sweep(axis, stream, [result for result in sweep if result['stream'] == stream])
-        legend_below(axes[::len(figured)], 1 + 2 * len(figured))
+        handles, labels = (sum(parts, []) for parts in zip(*(axis.get_legend_handles_labels() for axis in axes[::len(figured)])))
+        axes[0].figure.legend(handles, labels, loc='outside lower center', ncols=1 + 2 * len(figured), fontsize='small')
 
 
 def draw_sweep(axis, stream, sweep):
@@ -626,7 +581,7 @@ def draw_sweep(axis, stream, sweep):
         results = [result for result in sweep if result['what'] == what]
         for kind, line in {'random': dict(linestyle=':'), 'moved': dict(linestyle='--'), '': dict(linewidth=1.6, markersize=4, marker=style['marker'])}.items():
             of = [(result['controls'][kind] if kind else result['edit'])['ratio']['value'] for result in results]
-            axis.plot([result['sublayer'] for result in results], [math.nan if v is None else v for v in of], color=style['color'],
+            axis.plot([result['sublayer'] for result in results], np.array(of, float), color=style['color'],
                       label=f'{what} zeroed once' + f', {kind}' * bool(kind), **{'linewidth': 0.8, **line})
     axis.axhline(1, color='#999999', linewidth=0.8)
     axis.set(title=f'{stream}, every sublayer', xlabel='sublayer (even: attention, odd: MLP)', ylabel='perplexity ratio (log scale)', yscale='log')
@@ -640,7 +595,7 @@ def draw_classes(name, before, figured, path):
     with figure(path, f'{name}\nchange of loss by class of the predicted token\nbars: 95% intervals over sequences', 1, len(figured), (5.6, 2.3 + 0.4 * len(classes))) as axes:
         for axis, results in zip(axes, map(shown, figured.values())):
             for i, result in enumerate(results):
-                for j, of in enumerate(pair({**result['controls'], 'edit': result['edit']})):
+                for j, of in enumerate((result['edit'], result['controls']['moved'])):
                     for y, key in enumerate(classes):
                         label = f"{result['what']} {result['how']}" + ', moved' * j if y == 0 else None
                         point(axis, y + 0.18 * (2 * i + j - 1.5), *of['by']['class'][key], label, color=('#0072B2', '#D55E00')[i], marker='os'[i],
@@ -648,7 +603,7 @@ def draw_classes(name, before, figured, path):
             finish_panel(axis, [f"{key} ({line['share']:.1%})" for key, line in classes.items()], 0, xlabel='change of loss (nats per token)',
                          title=f"{results[0]['stream']}, sublayer {results[0]['sublayer']} and downstream")
             axis.locator_params(axis='x', nbins=6)
-        legend_below(axes[:1], 4)
+        axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=4, fontsize='small')
 
 
 def parse_arguments(argv):
