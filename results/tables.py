@@ -65,6 +65,16 @@ def outliers(folder):
     return ', '.join(f'`{arm}` ' + ', '.join(f'{stream} {sum(has)} of {len(has)}' for stream, has in streams.items()) for arm, streams in found.items())
 
 
+def lag(folder):
+    """In words: the loss of `ledger`, of the same without a price, and of the same whose gates open late, less that of the baseline of each seed."""
+    losses = {key: run['measure']['val_loss'] for key, run in read_runs(folder).items()}
+    found = {}
+    for (arm, seed), loss in losses.items():
+        if re.fullmatch(r'ledger(_a0|_ramp\d+)?', arm):
+            found.setdefault(arm, []).append(f"{loss - losses['baseline', seed]:+.3f}")
+    return ', '.join(f"`{arm}` {', '.join(values)}" for arm, values in found.items())
+
+
 def fits():
     """The fits of emergence.py: for each stream of the sweep, and for each stream of each 160m run."""
     rows = []
@@ -167,15 +177,13 @@ def sentences():
     least, stream, kind = min(found)
     one, two = ({arm: line['tokens_per_s'] for arm, line in json.loads((RESULTS / 'h100' / name).read_text())['arms'].items()} for name in SCALING)
     compared = read_runs(RESULTS / 'comparison_160m')
-    losses = {key: run['measure']['val_loss'] for key, run in compared.items()}
-    behind = {seed: losses[key] - losses['baseline', seed] for key in losses for arm, seed in [key] if arm == 'ledger'}
     speed = {scale: json.loads((RESULTS / 'h100' / f'bench_{scale}_bf16.json').read_text())['arms'] for scale in ('160m', '290m')}
     measured = json.loads((RESULTS / 'h100/bench_measure.json').read_text())['arms']
     quick, windows = speed['160m'], [run['controls']['windows'] for run in compared.values()]
     pairs = [(w['anywhere_bfloat16']['streams'][stream][key]['value'], q[key]['value']) for w in windows for stream, q in w['anywhere']['streams'].items() for key in COLUMNS]
     most = max(abs(x - y) / (abs(y) or 1) for x, y in pairs)
     return {**{f'outliers, {folder.name}': outliers(folder) for folder in sorted({path.parent.parent for path in RESULTS.glob('comparison_*/*/measure.json')})},
-            'lag': "the ledger's loss less the baseline's: " + ', '.join(f'{x:+.3f}' for x in behind.values()) + ' nats',
+            'lag': f"at 160M {lag(RESULTS / 'comparison_160m')}; in the longer demo {lag(RESULTS / 'demo_long')}",
             'speed': '; '.join(f"{scale}, baseline {arms['baseline']['tokens_per_s'] / 1000:.0f} and ledger {arms['ledger']['tokens_per_s'] / 1000:.0f} thousand tokens/s "
                                f"({arms['ledger']['ratio']:.2f})" for scale, arms in speed.items()),
             'memory': f"{quick['baseline']['peak_memory_GB']:.1f} and {quick['ledger']['peak_memory_GB']:.1f} GB, {quick['baseline']['first_step_s']:.0f} and "
