@@ -521,7 +521,7 @@ def open_runs(args):
         if meta['vocab_size'] != model_args['vocab_size']:
             raise UserError(f"{folder} has a vocabulary of {meta['vocab_size']}, {path} one of {model_args['vocab_size']}: name its data with --data")
         if args.topk > (size := model_args['block_size'] * model_args['n_embd']):
-            raise UserError(f'--topk={args.topk}, but a sequence of {path} has {size} magnitudes: ask for fewer')
+            raise UserError(f'the {args.topk} largest magnitudes are asked for, but a sequence of {path} has {size}: ask for fewer')
         sha256 = meta.get('sha256')
         if not args.data and not args.force and checkpoint.get('data_sha256') not in (None, sha256):
             raise UserError(f'{folder} is not the data that {path} was trained on (sha256 differs), so its validation text may have been trained on: '

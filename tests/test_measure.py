@@ -507,7 +507,7 @@ MISTAKES = {  # what is done to the checkpoint, further flags, what the sentence
     'data that are not there': (lambda path: shutil.rmtree('data'), [], 'cannot read'),
     'no sequences': (None, ['--sequences=0'], '--sequences'),
     'no largest': (None, ['--topk=0'], '--topk'),
-    'more largest than there are': (None, [f'--topk={T * D + 1}'], '--topk'),
+    'more largest than there are': (None, [f'--topk={T * D + 1}'], 'largest magnitudes are asked for'),
     'a file as --out': (None, ['--out=data/meta.json'], 'data/meta.json'),
     'no GPU': (None, ['--device=cuda'], '--device=cpu'),
 }
