@@ -452,7 +452,7 @@ def fast(model):
         expected = outputs_and_gradients(plain.to(device), idx)
         with torch.autocast(device.type, HALF):
             found = outputs_and_gradients(as_fast(plain), idx)
-        if not all((x - y).norm() < tolerance * y.norm() for x, y, tolerance in zip(found, expected, (0.04, 0.08))):  # bfloat16 alone: 0.014, 0.037 at most
+        if not all((x - y).norm() < tolerance * y.norm() for x, y, tolerance in zip(found, expected, (0.03, 0.08))):  # plain bfloat16: 0.014, 0.037 at most, at widths of 32 to 2,048
             return None
     except (AttributeError, TypeError, ValueError, RuntimeError, triton.runtime.errors.OutOfResources):  # other parts, or a GPU too small for the tiles
         return None
