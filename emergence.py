@@ -258,6 +258,7 @@ def t_quantile(df):
 
 
 def interval(middle, half, back=float):
+    """middle ± half, through `back` from the scale on which it is symmetric, as the report has it."""
     return {'value': number(back(middle)), 'low': number(back(middle - half)), 'high': number(back(middle + half))}
 
 

@@ -24,6 +24,11 @@ def cell(q):
     return f"{q['value']:.3g} [{q['low']:.3g}, {q['high']:.3g}]"
 
 
+def comparisons():
+    """The folders of runs that verdicts are made from beside the demo's."""
+    return sorted({path.parent.parent for path in RESULTS.glob('comparison_*/*/measure.json')})
+
+
 def named(stream, s):
     """The decoded stream is bold."""
     return f'**{stream}**' if s['decoded'] else stream
@@ -70,7 +75,7 @@ def lag(folder):
     losses = {key: run['measure']['val_loss'] for key, run in read_runs(folder).items()}
     found = {}
     for (arm, seed), loss in losses.items():
-        if re.fullmatch(r'ledger(_a0|_ramp\d+)?', arm):
+        if re.fullmatch(r'ledger(_a0|_ramp\d+)?', arm) and ('baseline', seed) in losses:
             found.setdefault(arm, []).append(f"{loss - losses['baseline', seed]:+.3f}")
     return ', '.join(f"`{arm}` {', '.join(values)}" for arm, values in found.items())
 
@@ -182,7 +187,7 @@ def sentences():
     quick, windows = speed['160m'], [run['controls']['windows'] for run in compared.values()]
     pairs = [(w['anywhere_bfloat16']['streams'][stream][key]['value'], q[key]['value']) for w in windows for stream, q in w['anywhere']['streams'].items() for key in COLUMNS]
     most = max(abs(x - y) / (abs(y) or 1) for x, y in pairs)
-    return {**{f'outliers, {folder.name}': outliers(folder) for folder in sorted({path.parent.parent for path in RESULTS.glob('comparison_*/*/measure.json')})},
+    return {**{f'outliers, {folder.name}': outliers(folder) for folder in comparisons()},
             'lag': f"at 160M {lag(RESULTS / 'comparison_160m')}; in the longer demo {lag(RESULTS / 'demo_long')}",
             'speed': '; '.join(f"{scale}, baseline {arms['baseline']['tokens_per_s'] / 1000:.0f} and ledger {arms['ledger']['tokens_per_s'] / 1000:.0f} thousand tokens/s "
                                f"({arms['ledger']['ratio']:.2f})" for scale, arms in speed.items()),
@@ -202,7 +207,7 @@ def tables():
     """Returns {what: Markdown} of every table."""
     short = {words: key for words, key in CHANGES.items() if key[0] == 'stream' and key[1] in ('start', 'dims')}
     folders = sorted({path.parent.parent for path in RESULTS.glob('*/*/measure.json')})
-    compared = [folder for folder in folders if folder.name.startswith('comparison_')]
+    compared = comparisons()
     return {**{folder.name: table(folder) for folder in folders}, **{f'arms, {folder.name}': arms(folder) for folder in compared},
             'claims': claims(['demo_long', *(folder.name for folder in compared)]), 'verdicts, demo_long': verdicts.verdict_table(read_runs(RESULTS / 'demo_long')),
             'fits': fits(), 'predictions': predictions(), 'interventions': interventions([*list(EDITED)[:3], 'longer demo, ledger, C'], short),
