@@ -19,6 +19,7 @@ ARMS=${ARMS:-ledger baseline ledger_hs qknorm}
 SEEDS=${SEEDS:-1337}     # all arms of the first seed come before the next
 QUEUE=${QUEUE:-$(for seed in $SEEDS; do for arm in $ARMS; do echo "$arm.$seed"; done; done)} # or any runs in any order: "ledger_hs.1338 ledger_a0.1.1337"
 CLOSER=${CLOSER:-1337}   # the seed whose baseline and ledger go through intervene.py and probe.py as well, and whose untrained weights through controls.py
+TOOLS=${TOOLS-intervene probe onset} # the closer look; "" for none
 SEQUENCES=${SEQUENCES:-64} # of intervene.py
 GPUS=${GPUS-0 1}         # a run at a time on each; "0 0" puts two on one, which at 160m gains nothing; "" is the CPU
 DATASET=${DATASET:-pysource}
@@ -149,7 +150,7 @@ work() {  # a GPU or "": takes what nobody has taken, and waits for the others t
     busy=0
     for claim in "$CLAIMS"/*.[0-9]*; do [ -e "$claim/ended" ] || busy=1; done
     for arm in baseline ledger; do
-      for tool in intervene probe onset; do
+      for tool in $TOOLS; do
         [ -e "$PACK/${arm}_${SCALE}_$CLOSER/recipe.json" ] && mkdir "$CLAIMS/closer.$arm.$tool" 2> /dev/null && look_closer "$arm" "$tool"
       done
     done
