@@ -43,31 +43,41 @@ def table(folder):
     return markdown(['run', 'stream', 'loss (nats per token)', *COLUMNS.values()], rows)
 
 
-def arms(folder):
-    """folder: one that holds <arm>_<scale>_<seed>/measure.json. Returns a Markdown table: a line for each arm and stream, the values of all its seeds, without intervals.
-    Other doses of α are left out, which have a figure, and the shorter cosines, which are there for the loss they end at."""
+def scale_of(folder):
+    return {'demo_long': 'demo, five times longer'}.get(folder.name, folder.name.removeprefix('comparison_'))
+
+
+def arms(folders):
+    """folders: such that hold <arm>_<scale>_<seed>/measure.json. Returns a Markdown table: a line for each scale, arm and stream, the values of all its seeds, without intervals, and how
+    many of them have a start-token outlier. Doses of α are left out, which have a figure, and the shorter cosines, which are there for the loss they end at."""
     found = {}
-    for (arm, seed), run in read_runs(folder).items():
-        for stream, s in run['measure']['streams'].items() if not re.match(rf'ledger_a\d|{verdicts.SHORT}', arm) else ():
-            found.setdefault((arm, named(stream, s)), []).append([str(seed), f"{run['measure']['val_loss']:.3f}", *(verdicts.short(s[key]['value'], 3) for key in COLUMNS)])
-    return markdown(['arm', 'stream', 'seeds', 'loss', *COLUMNS.values()], [(*key, *(', '.join(values) for values in zip(*lines))) for key, lines in found.items()])
+    for folder in folders:
+        for (arm, seed), run in read_runs(folder).items():
+            for stream, s in run['measure']['streams'].items() if not re.match(rf'ledger_a\d|{verdicts.SHORT}', arm) else ():
+                values = [f"{run['measure']['val_loss']:.3f}", *(verdicts.short(s[key]['value'], 3) for key in COLUMNS)]
+                found.setdefault((scale_of(folder), arm, named(stream, s)), []).append((has_outlier(run, seed, stream), values))
+    rows = [(*key, f'{sum(has for has, _ in seeds)} of {len(seeds)}', *map(', '.join, zip(*(values for _, values in seeds)))) for key, seeds in found.items()]
+    return markdown(['scale', 'arm', 'stream', 'outlier', 'loss', *COLUMNS.values()], rows)
 
 
 def claims(folders):
     """The verdicts on every claim, a column for each folder of runs."""
-    judged = [verdicts.judge(read_runs(RESULTS / folder)) for folder in folders]
+    judged = [verdicts.judge(read_runs(folder)) for folder in folders]
     said = lambda word: word.partition('; needs')[0] if not word.startswith('cannot') else 'not judged yet'
-    names = [{'demo_long': 'demo, five times longer'}.get(folder, folder.removeprefix('comparison_')) for folder in folders]
-    return markdown(['claim', *names], [(judged[0][key][0], *(said(one[key][1]) for one in judged)) for key in judged[0]])
+    return markdown(['claim', *map(scale_of, folders)], [(judged[0][key][0], *(said(one[key][1]) for one in judged)) for key in judged[0]])
+
+
+def has_outlier(run, seed, stream):
+    return all(line['holds'] for line in verdicts.existence(run, stream, seed))
 
 
 def outliers(folder):
-    """In words: of how many seeds of each arm each stream has a start-token outlier by the rule of verdicts.py."""
+    """In words: of how many seeds of the ledger C has a start-token outlier by the rule of verdicts.py, by the price of committing."""
     found = {}
     for (arm, seed), run in read_runs(folder).items():
-        for stream in run['measure']['streams'] if run['untrained'] and not arm.startswith(verdicts.SHORT) else ():
-            found.setdefault(arm, {}).setdefault(stream, []).append(all(line['holds'] for line in verdicts.existence(run, stream, seed)))
-    return ', '.join(f'`{arm}` ' + ', '.join(f'{stream} {sum(has)} of {len(has)}' for stream, has in streams.items()) for arm, streams in found.items())
+        if re.fullmatch(r'ledger(_hs|_a[\d.]+)?', arm):
+            found.setdefault(run['measure']['model']['commit_sparsity'], []).append(has_outlier(run, seed, 'C'))
+    return ', '.join(f'{sum(has)} of {len(has)} at {alpha:g}' for alpha, has in sorted(found.items()))
 
 
 def lag(folder):
@@ -181,20 +191,21 @@ def sentences():
     found = [(with_class['p'], s['stream'], kind) for report in looked for s in report['streams'] for kind, with_class in s['with'].items() if with_class['p'] is not None]
     least, stream, kind = min(found)
     one, two = ({arm: line['tokens_per_s'] for arm, line in json.loads((RESULTS / 'h100' / name).read_text())['arms'].items()} for name in SCALING)
-    compared = read_runs(RESULTS / 'comparison_160m')
+    compared = [run for folder in comparisons() for run in read_runs(folder).values()]
     speed = {scale: json.loads((RESULTS / 'h100' / f'bench_{scale}_bf16.json').read_text())['arms'] for scale in ('160m', '290m')}
     measured = json.loads((RESULTS / 'h100/bench_measure.json').read_text())['arms']
-    quick, windows = speed['160m'], [run['controls']['windows'] for run in compared.values()]
-    pairs = [(w['anywhere_bfloat16']['streams'][stream][key]['value'], q[key]['value']) for w in windows for stream, q in w['anywhere']['streams'].items() for key in COLUMNS]
-    most = max(abs(x - y) / (abs(y) or 1) for x, y in pairs)
-    return {**{f'outliers, {folder.name}': outliers(folder) for folder in comparisons()},
+    quick, windows = speed['160m'], [run['controls']['windows'] for run in compared if run['controls']]
+    moved = {key: [(w['anywhere_bfloat16']['streams'][stream][key]['value'], q[key]['value']) for w in windows for stream, q in w['anywhere']['streams'].items()] for key in COLUMNS}
+    shares = max(abs(x - y) for x, y in moved.pop('persistence'))  # of the sublayers
+    most = max(abs(x - y) / abs(y) for pairs in moved.values() for x, y in pairs)
+    return {'outliers': outliers(RESULTS / 'comparison_160m'),
             'lag': f"at 160M {lag(RESULTS / 'comparison_160m')}; in the longer demo {lag(RESULTS / 'demo_long')}",
             'speed': '; '.join(f"{scale}, baseline {arms['baseline']['tokens_per_s'] / 1000:.0f} and ledger {arms['ledger']['tokens_per_s'] / 1000:.0f} thousand tokens/s "
                                f"({arms['ledger']['ratio']:.2f})" for scale, arms in speed.items()),
             'memory': f"{quick['baseline']['peak_memory_GB']:.1f} and {quick['ledger']['peak_memory_GB']:.1f} GB, {quick['baseline']['first_step_s']:.0f} and "
                       f"{quick['ledger']['first_step_s']:.0f} s to the first finished step with cold compiler caches",
             'measuring': f"{measured['baseline']['ratio']:.1f} (baseline) and {measured['ledger']['ratio']:.1f} times (ledger) a plain float32 forward pass",
-            'precisions': f'streams in bfloat16 move no quantity of the table above by more than {most:.1%}',
+            'precisions': f'streams in bfloat16 move persistence by {shares:.2f} at most, nothing else above by more than {most:.1%}',
             'onset': f'of {len(found)} rank correlations between the growth of a ratio and the share of a class of tokens in the fall of the loss, the smallest p is {least:.3f} ({stream}, {kind})',
             'fits': 'mean R² of the sweep: ' + ', '.join(f"{stream} {r2('sweep', stream)}" for stream in 'hDC') + '; of the 160M runs: '
                     + ', '.join(f"{stream} {r2('160m', stream)}" for stream in 'hDC'),
@@ -208,8 +219,8 @@ def tables():
     short = {words: key for words, key in CHANGES.items() if key[0] == 'stream' and key[1] in ('start', 'dims')}
     folders = sorted({path.parent.parent for path in RESULTS.glob('*/*/measure.json')})
     compared = comparisons()
-    return {**{folder.name: table(folder) for folder in folders}, **{f'arms, {folder.name}': arms(folder) for folder in compared},
-            'claims': claims(['demo_long', *(folder.name for folder in compared)]), 'verdicts, demo_long': verdicts.verdict_table(read_runs(RESULTS / 'demo_long')),
+    return {**{folder.name: table(folder) for folder in folders}, 'arms': arms(compared),
+            'claims': claims([RESULTS / 'demo_long', *compared]), 'verdicts, demo_long': verdicts.verdict_table(read_runs(RESULTS / 'demo_long')),
             'fits': fits(), 'predictions': predictions(), 'interventions': interventions([*list(EDITED)[:3], 'longer demo, ledger, C'], short),
             **{f'{name}, {folder.name}': of(read_runs(folder)) for folder in compared for name, of in verdicts.TABLES.items() if name != 'Evidence'},
             'interventions, all': interventions(EDITED, CHANGES), 'probes': probes(), 'scaling': scaling()}

@@ -31,6 +31,7 @@ MATCHED, DOSES = 0.01, 4    # nats; how many values of α claim 3 needs
 WORDS = ('reproduced', 'partly', 'not reproduced')
 TIMES, PERSISTENT = 3, 0.5  # of existence
 SHORT = 'baseline_short'    # arms whose name begins so end at another run's loss on purpose: they do not say which loss all reach
+DOSE = r'ledger_a[\d.]*[1-9]' # arms that are there for the curve over α, which has a figure of its own (../figures.py); α = 0 is an arm of interest
 SERIES = ('fixed_dim_ratio', 'start_ratio', 'start_token_concentration', 'persistence', 'start_persistence', 'kurtosis')
 
 
@@ -278,11 +279,11 @@ def controls_table(runs):
 
 
 def draw_onset(runs, path, key='start_ratio'):
-    """Heat maps of one quantity over training and depth: a panel for each stream of each run of the first seed, those of a shorter cosine left out."""
+    """Heat maps of one quantity over training and depth: a panel for each stream of each run of the first seed, shorter cosines and further doses of α left out."""
     from matplotlib.colors import LogNorm
     seed = min(seed for _, seed in runs)
     panels = [(f"{run['name']}: {stream}", run['log'], stream) for (arm, other), run in runs.items()
-              if other == seed and run['log'] and not arm.startswith(SHORT) for stream in run['log'][0]['streams']]
+              if other == seed and run['log'] and not re.match(f'{SHORT}|{DOSE}', arm) for stream in run['log'][0]['streams']]
     if not panels:
         return
     data = [np.array([[math.nan if v is None else v for v in line['streams'][stream][key]] for line in log]).T for _, log, stream in panels]
