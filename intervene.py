@@ -411,6 +411,9 @@ def intervene(checkpoint, path, tokens, meta, args):
         raise UserError(f"--stream={args.stream}, but {path} has {' and '.join(operator.streams)}")
     if args.sublayer.isdecimal() and int(args.sublayer) >= S:
         raise UserError(f'--sublayer={args.sublayer}, but {path} has sublayers 0 to {S - 1}')
+    decoded, alone = None if model.config.decode_gamma else operator.decoded, len(operator.streams) == 1
+    if args.sublayer.isdecimal() and int(args.sublayer) == S - 1 and None not in (args.stream, decoded) and args.stream != decoded:
+        raise UserError(f'--stream={args.stream} --sublayer={args.sublayer}, but nothing reads that: ask for an earlier sublayer, or for {decoded}')
     if args.top > model.config.n_embd // 4:
         raise UserError(f'--top={args.top}, but {path} has {model.config.n_embd} dimensions, and the controls need three times as many others: ask for fewer')
     starts = tokens.fixed_starts(N + CALIBRATION, args.seed)
@@ -435,7 +438,6 @@ def intervene(checkpoint, path, tokens, meta, args):
         finish(results, before, losses, reference, weights[:, :count], labels, kinds)
         return before, len(edits)
 
-    decoded, alone = None if model.config.decode_gamma else operator.decoded, len(operator.streams) == 1
     results, sweep, figured = [], [], {}
     for stream in streams:
         reached, peak = range(S - (decoded not in (None, stream))), reference.peak(stream)  # nothing reads the other stream after the last sublayer
@@ -447,8 +449,6 @@ def intervene(checkpoint, path, tokens, meta, args):
         if args.sublayer == 'auto':
             tried = [result for s in reached for result in plan(reference, stream, s, ('zero',), False, True)]
             sweep += [result for what in SWEPT for result in tried if (result['what'], result['reach']) == (what, 'once')]
-    if not results:
-        raise UserError(f'--stream={args.stream} --sublayer={args.sublayer}, but nothing reads that: ask for an earlier sublayer, or for {decoded}')
     few = [({key: result[key] for key in ('stream', 'sublayer', 'where', 'what', 'how', 'reach')}, result['group']['edit'], result['group']['moved'])
            for group in figured.values() for result in shown(group)]
     heads = sinks_and_constants(model, tokens, starts[:N], batch_size, reference, few)
@@ -478,6 +478,11 @@ def signed(q):
     """A change of loss in at most 7 characters."""
     v = q and q['value']
     return '–' if v is None else '-+'[v >= 0] + short(abs(v), 3)
+
+
+def fixed(v, form):
+    """v in this format, or a dash of its width where there is no finite number."""
+    return format(v, form) if v is not None else '–'.rjust(len(format(0, form)))
 
 
 def result_row(head, result):
@@ -512,16 +517,16 @@ def print_details(report, figured):
     for results in map(shown, figured.values()):
         heads = [f"{r['stream']} {r['what']} {r['how']} (moved)" for r in results]
         print(f"\n{'change of loss, downstream':28}{'share':>6} {'before':>7}" + ''.join(f'{head:>32}' for head in heads))
-        rows = {(breakdown, of): f"{line['share']:6.1%} {line['loss']:7.3f}" for breakdown, lines in report['before'].items() for of, line in lines.items()}
+        rows = {(breakdown, of): f"{line['share']:6.1%} {fixed(line['loss'], '7.3f')}" for breakdown, lines in report['before'].items() for of, line in lines.items()}
         rows |= {('carrier', of): f"{'–':>6} {'–':>7}" for r in results for of in r['edit']['by'].get('carrier', ())}
         for (breakdown, of), unedited in rows.items():
             pairs = [[by['by'].get(breakdown, {}).get(of) for by in (r['edit'], r['controls']['moved'])] for r in results]
-            cells = [f'{edit[0]:+.4f} ({moved[0]:+.4f})' if edit else '   – (   –)' for edit, moved in pairs]
+            cells = [f"{fixed(edit[0], '+.4f')} ({fixed(moved[0], '+.4f')})" if edit else '   – (   –)' for edit, moved in pairs]
             print(f"{f'{breakdown} {of}':28}{unedited}" + ''.join(f'{cell:>32}' for cell in cells))
     heads = report['attention']
-    print(f"\nattention to position 0, unedited: {heads['unedited']['sink']:.4f}")
+    print(f"\nattention to position 0, unedited: {fixed(heads['unedited']['sink'], '.4f')}")
     for edit in heads['edits']:
-        print(f"  {edit['stream']} {edit['what']} {edit['how']}: {edit['sink']:.4f} (moved {edit['control']['sink']:.4f})")
+        print(f"  {edit['stream']} {edit['what']} {edit['how']}: {fixed(edit['sink'], '.4f')} (moved {fixed(edit['control']['sink'], '.4f')})")
     print('a constant over inputs (1) or not (0) is what later outputs get from position '
           + ', '.join(f"{t}: {short(c['constancy'], 3)}" for t, c in heads['constancy'].items()))
     for text in report['samples']:

@@ -592,6 +592,25 @@ def test_the_breakdowns_add_up_to_the_whole(ran):
     assert [len(sample['edits']) for sample in ran.report['samples']] == [4, 4, 4]
 
 
+def test_what_is_not_finite_is_printed_as_a_dash(ran, capsys):
+    def broken(x):
+        return {k: broken(v) for k, v in x.items()} if isinstance(x, dict) else [broken(v) for v in x] if isinstance(x, list) else None if isinstance(x, float) else x
+    report = broken(ran.report) | {'sweep': []}
+    for of in report['before'].values():
+        for row in of.values():
+            row['share'] = 0.5  # counted, so always a number
+    intervene.print_report('broken', report)
+    intervene.print_details(report, {stream: [r for r in report['results'] if r['stream'] == stream] for stream in 'DC'})
+    printed = capsys.readouterr().out
+    assert 'nan' not in printed and 'None' not in printed and '– [–, –]' in printed
+
+
+def test_the_stream_that_is_not_decoded_is_refused_after_the_last_sublayer_before_anything_is_computed(ran, monkeypatch):
+    monkeypatch.setattr(intervene, 'Reference', None)
+    with pytest.raises(SystemExit, match='nothing reads that'):
+        command('--ckpt', ran.out, '--stream=D', f'--sublayer={S - 1}')
+
+
 def test_two_runs_of_the_command_say_the_same(ran, tmp_path):
     flags = ('--ckpt', ran.out, '--sequences=4', '--top=1', '--stream=C', '--sublayer=2', '--how=zero')
     reports = []
