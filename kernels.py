@@ -41,18 +41,28 @@ DIRECTION = dict(ROWS=32, num_warps=4)
 
 
 @triton.jit
-def sigmoid(x):
+def gate(x, bias):
+    """σ(x + bias)."""
     if PTX:  # four instructions; tl.sigmoid's care for infinities and denormal numbers makes twelve
-        return tl.inline_asm_elementwise('ex2.approx.ftz.f32 $0, $1; add.ftz.f32 $0, $0, 0f3F800000; rcp.approx.ftz.f32 $0, $0;', '=f,f',
-                                         [x * -1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise('fma.rn.f32 $0, $1, 0fBFB8AA3B, $2; ex2.approx.ftz.f32 $0, $0; add.ftz.f32 $0, $0, 0f3F800000; rcp.approx.ftz.f32 $0, $0;',
+                                         '=f,f,f', [x, bias * -1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1)
     else:
-        return tl.sigmoid(x)
+        return tl.sigmoid(x + bias)
 
 
 @triton.jit
-def load_U(U, gate: tl.constexpr, col, d, r: tl.constexpr):
+def inside(col, d: tl.constexpr, COLUMNS: tl.constexpr):
+    """col < d, without a comparison where the tiles fill d."""
+    if d % COLUMNS:
+        return col < d
+    else:
+        return tl.full([COLUMNS], True, tl.int1)
+
+
+@triton.jit
+def load_U(U, gate: tl.constexpr, col, real, d, r: tl.constexpr):
     """Returns (r, COLUMNS)."""
-    return tl.load(U + gate * d * r + col[None, :] * r + tl.arange(0, r)[:, None], (col < d)[None, :], 0.0)
+    return tl.load(U + gate * d * r + col[None, :] * r + tl.arange(0, r)[:, None], real[None, :], 0.0)
 
 
 @triton.jit
@@ -80,16 +90,17 @@ def deliberate_kernel(D, y, a, f, U, be, bw, D2, N, apart, d: tl.constexpr, r: t
                       ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr):
     """D2 = D − e ⊙ v · f + w ⊙ y."""
     col, row = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, ROWS)
-    Ue, Uw, Uk = load_U(U, 0, col, d, r), load_U(U, 1, col, d, r), load_U(U, 2, col, d, r)
-    b_e, b_w = tl.load(be + col, col < d, 0.0)[None, :], tl.load(bw + col, col < d, 0.0)[None, :]
+    real = inside(col, d, COLUMNS)
+    Ue, Uw, Uk = load_U(U, 0, col, real, d, r), load_U(U, 1, col, real, d, r), load_U(U, 2, col, real, d, r)
+    b_e, b_w = tl.load(be + col, real, 0.0)[None, :], tl.load(bw + col, real, 0.0)[None, :]
     at = row[:, None] * d + col[None, :]
     for i in tl.range(LOOP, num_stages=STAGES):
         first = (tl.program_id(1) * LOOP + i).to(tl.int64) * ROWS
         left = N - first
-        there, a_row = (row < left)[:, None] & (col < d)[None, :], a + first * apart
-        x = sigmoid(tl.dot(load_a(a_row, 0, row, left, apart, r), Ue) + b_e) * tl.load(f + first + row, row < left, 0.0)[:, None]
+        there, a_row = (row < left)[:, None] & real[None, :], a + first * apart
+        x = gate(tl.dot(load_a(a_row, 0, row, left, apart, r), Ue), b_e) * tl.load(f + first + row, row < left, 0.0)[:, None]
         x = tl.load(D + first * d + at, there, 0.0).to(tl.float32) - x * tl.dot(load_a(a_row, 2, row, left, apart, r), Uk)
-        w = sigmoid(tl.dot(load_a(a_row, 1, row, left, apart, r), Uw) + b_w)
+        w = gate(tl.dot(load_a(a_row, 1, row, left, apart, r), Uw), b_w)
         tl.store(D2 + first * d + at, x + w * tl.load(y + first * d + at, there, 0.0).to(tl.float32), there)
 
 
@@ -105,26 +116,27 @@ def gradient_a_kernel(g, y, a, f, U, be, bw, projected, Ga, length, ga, h, last,
     ge, gw, gk = tl.zeros((ROWS, r), tl.float32), tl.zeros((ROWS, r), tl.float32), tl.zeros((ROWS, r), tl.float32)
     for j in tl.range(0, d, COLUMNS, num_stages=STAGES):
         col = j + tl.arange(0, COLUMNS)
-        at, there = row[:, None] * d + col[None, :], (row < left)[:, None] & (col < d)[None, :]
+        real = inside(col, d, COLUMNS)
+        at, there = row[:, None] * d + col[None, :], (row < left)[:, None] & real[None, :]
         x = tl.load(g + first * d + at, there, 0.0).to(tl.float32)
-        u = load_U(U, 1, col, d, r)
-        w = sigmoid(tl.dot(aw, u) + tl.load(bw + col, col < d, 0.0)[None, :])
-        w = x * tl.load(y + first * d + at, there, 0.0).to(tl.float32) * w * (1 - w)
+        u = load_U(U, 1, col, real, d, r)
+        w = gate(tl.dot(aw, u), tl.load(bw + col, real, 0.0)[None, :])
+        w = x * tl.load(y + first * d + at, there, 0.0).to(tl.float32) * (w - w * w)
         gw += tl.dot(w.to(u.dtype), tl.trans(u))
-        u = load_U(U, 0, col, d, r)
-        e = sigmoid(tl.dot(ae, u) + tl.load(be + col, col < d, 0.0)[None, :])
+        u = load_U(U, 0, col, real, d, r)
+        e = gate(tl.dot(ae, u), tl.load(be + col, real, 0.0)[None, :])
         x = -x * e
-        uk = load_U(U, 2, col, d, r)
+        uk = load_U(U, 2, col, real, d, r)
         gk += tl.dot(x.to(u.dtype), tl.trans(uk))
-        x *= tl.dot(ak, uk) * f_row[:, None] * (1 - e)
-        ge += tl.dot(x.to(u.dtype), tl.trans(u))
+        x *= tl.dot(ak, uk)
+        ge += tl.dot((x - x * e).to(u.dtype), tl.trans(u))
     there, norm = (row < left)[:, None], tl.load(length + first + row, row < left, 1.0)
     h_row = tl.sum(ak.to(tl.float32) * gk, 1) / (norm * norm)
     last_row = tl.where(norm > 1e-12, 2 * f_row * h_row, 0.0)
     gk = f_row[:, None] * gk + h_row[:, None] * tl.load(projected + first * apart_p + row[:, None] * apart_p + rank[None, :], there, 0.0).to(tl.float32)
     gk -= last_row[:, None] * tl.load(Ga + first * r + row[:, None] * r + rank[None, :], there, 0.0).to(tl.float32)
     at = first * (3 * r) + row[:, None] * (3 * r) + rank[None, :]
-    tl.store(ga + at, ge, there)
+    tl.store(ga + at, f_row[:, None] * ge, there)
     tl.store(ga + at + r, gw, there)
     tl.store(ga + at + 2 * r, gk, there)
     tl.store(h + first + row, h_row, row < left)
@@ -136,21 +148,23 @@ def gradient_U_kernel(g, y, D, a, f, h, last, U, be, bw, gy, gD, gU, gb, N, apar
                       ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr):
     """The gradients of y and D, and this program's share of those of U and of the biases: its rows."""
     col, row, rank = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, ROWS), tl.arange(0, r)
-    Ue, Uw, Uk = load_U(U, 0, col, d, r), load_U(U, 1, col, d, r), load_U(U, 2, col, d, r)
-    b_e, b_w = tl.load(be + col, col < d, 0.0)[None, :], tl.load(bw + col, col < d, 0.0)[None, :]
+    real = inside(col, d, COLUMNS)
+    Ue, Uw, Uk = load_U(U, 0, col, real, d, r), load_U(U, 1, col, real, d, r), load_U(U, 2, col, real, d, r)
+    b_e, b_w = tl.load(be + col, real, 0.0)[None, :], tl.load(bw + col, real, 0.0)[None, :]
     sum_e, sum_w = tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
     ge, gw, gk = tl.zeros((r, COLUMNS), tl.float32), tl.zeros((r, COLUMNS), tl.float32), tl.zeros((r, COLUMNS), tl.float32)
     at = row[:, None] * d + col[None, :]
     for i in tl.range(LOOP, num_stages=STAGES):
         first = (tl.program_id(1) * LOOP + i).to(tl.int64) * ROWS
         left = N - first
-        there, a_row = (row < left)[:, None] & (col < d)[None, :], a + first * apart
+        there, a_row = (row < left)[:, None] & real[None, :], a + first * apart
         x = tl.load(g + first * d + at, there, 0.0).to(tl.float32)
         a_gate = load_a(a_row, 1, row, left, apart, r)
-        w = sigmoid(tl.dot(a_gate, Uw) + b_w)
+        w = gate(tl.dot(a_gate, Uw), b_w)
         z = x * w
         tl.store(gy + first * d + at, z, there)
-        z *= tl.load(y + first * d + at, there, 0.0).to(tl.float32) * (1 - w)
+        z *= tl.load(y + first * d + at, there, 0.0).to(tl.float32)
+        z -= z * w
         sum_w += z
         gw += tl.dot(tl.trans(a_gate), z.to(a_gate.dtype))
         f_row, h_row, last_row = tl.load(f + first + row, row < left, 0.0), tl.load(h + first + row, row < left, 0.0), tl.load(last + first + row, row < left, 0.0)
@@ -158,19 +172,20 @@ def gradient_U_kernel(g, y, D, a, f, h, last, U, be, bw, gy, gD, gU, gb, N, apar
         v = tl.dot(ak, Uk)
         tl.store(gD + first * d + at, x + h_row[:, None] * v, there)
         a_gate = load_a(a_row, 0, row, left, apart, r)
-        e = sigmoid(tl.dot(a_gate, Ue) + b_e)
+        e = gate(tl.dot(a_gate, Ue), b_e)
         x = -x * e * f_row[:, None]
         z = x + h_row[:, None] * tl.load(D + first * d + at, there, 0.0).to(tl.float32) - last_row[:, None] * v
         gk += tl.dot(tl.trans(ak), z.to(ak.dtype))
-        x *= v * (1 - e)
+        x *= v
+        x -= x * e
         sum_e += x
         ge += tl.dot(tl.trans(a_gate), x.to(a_gate.dtype))
-    at, there = tl.program_id(1) * 3 * d * r + col[None, :] * r + rank[:, None], (col < d)[None, :]
+    at, there = tl.program_id(1) * 3 * d * r + col[None, :] * r + rank[:, None], real[None, :]
     tl.store(gU + at, ge, there)
     tl.store(gU + at + d * r, gw, there)
     tl.store(gU + at + 2 * d * r, gk, there)
-    tl.store(gb + tl.program_id(1) * 2 * d + col, tl.sum(sum_e, 0), col < d)
-    tl.store(gb + tl.program_id(1) * 2 * d + d + col, tl.sum(sum_w, 0), col < d)
+    tl.store(gb + tl.program_id(1) * 2 * d + col, tl.sum(sum_e, 0), real)
+    tl.store(gb + tl.program_id(1) * 2 * d + d + col, tl.sum(sum_w, 0), real)
 
 
 @triton.jit
@@ -210,10 +225,10 @@ def gradient_read_kernel(gu, gs, gD, gC, D, C, c, scale, gain, wc, gD2, gC2, gc,
 def add_product_kernel(g, gp, VP, g2, N, d: tl.constexpr, r: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """g2 = g + gp VP."""
     col, row, rank = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, ROWS), tl.arange(0, r)
-    first = tl.program_id(1).to(tl.int64) * ROWS
-    at, there = first * d + row[:, None] * d + col[None, :], (row < N - first)[:, None] & (col < d)[None, :]
+    first, real = tl.program_id(1).to(tl.int64) * ROWS, inside(col, d, COLUMNS)
+    at, there = first * d + row[:, None] * d + col[None, :], (row < N - first)[:, None] & real[None, :]
     x = tl.load(gp + first * r + row[:, None] * r + rank[None, :], (row < N - first)[:, None], 0.0)
-    x = tl.dot(x, tl.load(VP + rank[:, None] * d + col[None, :], (col < d)[None, :], 0.0))
+    x = tl.dot(x, tl.load(VP + rank[:, None] * d + col[None, :], real[None, :], 0.0))
     tl.store(g2 + at, tl.load(g + at, there, 0.0).to(tl.float32) + x, there)
 
 
