@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from contextlib import contextmanager
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -361,6 +362,22 @@ def test_tables_and_both_figures_are_made_from_the_files_alone(tmp_path, capsys)
         assert (tmp_path / name).read_bytes()[:4] == b'\x89PNG'
 
 
+def test_the_figure_of_the_onset_has_the_price_of_zero_but_neither_other_doses_nor_short_runs(tmp_path, monkeypatch):
+    for arm, streams in (('baseline', 'h'), ('baseline_short20', 'h'), *((f'ledger{more}', 'DC') for more in ('', '_hs', '_a0', '_a0.1', '_a1', '_a10'))):
+        write_log(write_run(tmp_path, arm), {0: 8.0, 4: 4.0, 20: 2.0}, streams)
+    titles, figure = [], verdicts.figure
+
+    @contextmanager
+    def noted(*args):
+        with figure(*args) as axes:
+            axes = list(axes)
+            yield axes
+            titles.extend(axis.get_title().split('_160m')[0] for axis in axes if axis.get_title())
+    monkeypatch.setattr(verdicts, 'figure', noted)
+    verdicts.draw_onset(verdicts.read_runs(tmp_path), tmp_path / 'onset.png')
+    assert titles == ['baseline', 'ledger', 'ledger', 'ledger_a0', 'ledger_a0', 'ledger_hs', 'ledger_hs']
+
+
 # ---- The queue
 
 STUB = '''#!/usr/bin/env bash
@@ -462,6 +479,12 @@ def test_the_closer_looks_are_shared_by_the_workers_and_each_is_taken_once(queue
     looked = [line for tool in ('intervene.py', 'probe.py', 'onset.py') for line in calls(tmp_path, tool)]
     assert sorted((line.split()[0], line.split()[2]) for line in looked) == sorted(
         (tool, f'out/{arm}_160m_1') for tool in ('intervene.py', 'probe.py', 'results/emergence/onset.py') for arm in ('baseline', 'ledger'))
+
+
+def test_the_closer_look_can_be_left_out(queue, tmp_path):
+    (tmp_path / 'intervene.py').touch()
+    assert queue(ARMS='baseline', SEEDS='1', CLOSER='1', TOOLS='').wait(30) == 0
+    assert not calls(tmp_path, 'intervene') and (tmp_path / 'out/packed/baseline_160m_1/controls_0.json').exists()
 
 
 def test_probes_take_their_own_number_of_sequences(queue, tmp_path):
