@@ -412,7 +412,8 @@ def intervene(checkpoint, path, tokens, meta, args):
     if args.sublayer.isdecimal() and int(args.sublayer) >= S:
         raise UserError(f'--sublayer={args.sublayer}, but {path} has sublayers 0 to {S - 1}')
     decoded, alone = None if model.config.decode_gamma else operator.decoded, len(operator.streams) == 1
-    if args.sublayer.isdecimal() and int(args.sublayer) == S - 1 and None not in (args.stream, decoded) and args.stream != decoded:
+    reached = {stream: range(S - (decoded not in (None, stream))) for stream in streams}  # nothing reads the other stream after the last sublayer
+    if args.sublayer.isdecimal() and not any(int(args.sublayer) in of for of in reached.values()):
         raise UserError(f'--stream={args.stream} --sublayer={args.sublayer}, but nothing reads that: ask for an earlier sublayer, or for {decoded}')
     if args.top > model.config.n_embd // 4:
         raise UserError(f'--top={args.top}, but {path} has {model.config.n_embd} dimensions, and the controls need three times as many others: ask for fewer')
@@ -440,14 +441,14 @@ def intervene(checkpoint, path, tokens, meta, args):
 
     results, sweep, figured = [], [], {}
     for stream in streams:
-        reached, peak = range(S - (decoded not in (None, stream))), reference.peak(stream)  # nothing reads the other stream after the last sublayer
-        planned = {s: plan(reference, stream, s, HOWS[args.how], stream == decoded, alone) for s in reached
+        peak = reference.peak(stream)
+        planned = {s: plan(reference, stream, s, HOWS[args.how], stream == decoded, alone) for s in reached[stream]
                    if args.sublayer == 'all' or s == (peak if args.sublayer == 'auto' else int(args.sublayer))}
         results += sum(planned.values(), [])
         if planned:
             figured[stream] = planned[peak if peak in planned else min(planned)]
         if args.sublayer == 'auto':
-            tried = [result for s in reached for result in plan(reference, stream, s, ('zero',), False, True)]
+            tried = [result for s in reached[stream] for result in plan(reference, stream, s, ('zero',), False, True)]
             sweep += [result for what in SWEPT for result in tried if (result['what'], result['reach']) == (what, 'once')]
     few = [({key: result[key] for key in ('stream', 'sublayer', 'where', 'what', 'how', 'reach')}, result['group']['edit'], result['group']['moved'])
            for group in figured.values() for result in shown(group)]

@@ -41,11 +41,11 @@ DIRECTION = dict(ROWS=32, num_warps=4)
 
 
 @triton.jit
-def gate(x, bias):
+def sigmoid(x, bias):
     """σ(x + bias)."""
-    if PTX:  # four instructions; tl.sigmoid's care for infinities and denormal numbers makes twelve
-        return tl.inline_asm_elementwise('fma.rn.f32 $0, $1, 0fBFB8AA3B, $2; ex2.approx.ftz.f32 $0, $0; add.ftz.f32 $0, $0, 0f3F800000; rcp.approx.ftz.f32 $0, $0;',
-                                         '=f,f,f', [x, bias * -1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1)
+    if PTX:  # four instructions, of which the first is this sum; tl.sigmoid's care for infinities and denormal numbers makes twelve
+        return tl.inline_asm_elementwise('ex2.approx.ftz.f32 $0, $1; add.ftz.f32 $0, $0, 0f3F800000; rcp.approx.ftz.f32 $0, $0;', '=f,f',
+                                         [x * -1.4426950408889634 + bias * -1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1)
     else:
         return tl.sigmoid(x + bias)
 
@@ -98,9 +98,9 @@ def deliberate_kernel(D, y, a, f, U, be, bw, D2, N, apart, d: tl.constexpr, r: t
         first = (tl.program_id(1) * LOOP + i).to(tl.int64) * ROWS
         left = N - first
         there, a_row = (row < left)[:, None] & real[None, :], a + first * apart
-        x = gate(tl.dot(load_a(a_row, 0, row, left, apart, r), Ue), b_e) * tl.load(f + first + row, row < left, 0.0)[:, None]
+        x = sigmoid(tl.dot(load_a(a_row, 0, row, left, apart, r), Ue), b_e) * tl.load(f + first + row, row < left, 0.0)[:, None]
         x = tl.load(D + first * d + at, there, 0.0).to(tl.float32) - x * tl.dot(load_a(a_row, 2, row, left, apart, r), Uk)
-        w = gate(tl.dot(load_a(a_row, 1, row, left, apart, r), Uw), b_w)
+        w = sigmoid(tl.dot(load_a(a_row, 1, row, left, apart, r), Uw), b_w)
         tl.store(D2 + first * d + at, x + w * tl.load(y + first * d + at, there, 0.0).to(tl.float32), there)
 
 
@@ -120,11 +120,11 @@ def gradient_a_kernel(g, y, a, f, U, be, bw, projected, Ga, length, ga, h, last,
         at, there = row[:, None] * d + col[None, :], (row < left)[:, None] & real[None, :]
         x = tl.load(g + first * d + at, there, 0.0).to(tl.float32)
         u = load_U(U, 1, col, real, d, r)
-        w = gate(tl.dot(aw, u), tl.load(bw + col, real, 0.0)[None, :])
+        w = sigmoid(tl.dot(aw, u), tl.load(bw + col, real, 0.0)[None, :])
         w = x * tl.load(y + first * d + at, there, 0.0).to(tl.float32) * (w - w * w)
         gw += tl.dot(w.to(u.dtype), tl.trans(u))
         u = load_U(U, 0, col, real, d, r)
-        e = gate(tl.dot(ae, u), tl.load(be + col, real, 0.0)[None, :])
+        e = sigmoid(tl.dot(ae, u), tl.load(be + col, real, 0.0)[None, :])
         x = -x * e
         uk = load_U(U, 2, col, real, d, r)
         gk += tl.dot(x.to(u.dtype), tl.trans(uk))
@@ -160,7 +160,7 @@ def gradient_U_kernel(g, y, D, a, f, h, last, U, be, bw, gy, gD, gU, gb, N, apar
         there, a_row = (row < left)[:, None] & real[None, :], a + first * apart
         x = tl.load(g + first * d + at, there, 0.0).to(tl.float32)
         a_gate = load_a(a_row, 1, row, left, apart, r)
-        w = gate(tl.dot(a_gate, Uw), b_w)
+        w = sigmoid(tl.dot(a_gate, Uw), b_w)
         z = x * w
         tl.store(gy + first * d + at, z, there)
         z *= tl.load(y + first * d + at, there, 0.0).to(tl.float32)
@@ -172,7 +172,7 @@ def gradient_U_kernel(g, y, D, a, f, h, last, U, be, bw, gy, gD, gU, gb, N, apar
         v = tl.dot(ak, Uk)
         tl.store(gD + first * d + at, x + h_row[:, None] * v, there)
         a_gate = load_a(a_row, 0, row, left, apart, r)
-        e = gate(tl.dot(a_gate, Ue), b_e)
+        e = sigmoid(tl.dot(a_gate, Ue), b_e)
         x = -x * e * f_row[:, None]
         z = x + h_row[:, None] * tl.load(D + first * d + at, there, 0.0).to(tl.float32) - last_row[:, None] * v
         gk += tl.dot(tl.trans(ak), z.to(ak.dtype))

@@ -47,6 +47,12 @@ def scale_of(folder):
     return {'demo_long': 'demo, five times longer'}.get(folder.name, folder.name.removeprefix('comparison_'))
 
 
+def how_many(answers):
+    """How many of the answers, True or False, or None where there is none, are True."""
+    given = [answer for answer in answers if answer is not None]
+    return f'{sum(given)} of {len(given)}'
+
+
 def arms(folders):
     """folders: such that hold <arm>_<scale>_<seed>/measure.json. Returns a Markdown table: a line for each scale, arm and stream, the values of all its seeds, without intervals, and how
     many of them have a start-token outlier. Doses of α are left out, which have a figure, and the shorter cosines, which are there for the loss they end at."""
@@ -55,8 +61,8 @@ def arms(folders):
         for (arm, seed), run in read_runs(folder).items():
             for stream, s in run['measure']['streams'].items() if not re.match(rf'ledger_a\d|{verdicts.SHORT}', arm) else ():
                 values = [f"{run['measure']['val_loss']:.3f}", *(verdicts.short(s[key]['value'], 3) for key in COLUMNS)]
-                found.setdefault((scale_of(folder), arm, named(stream, s)), []).append((has_outlier(run, seed, stream), values))
-    rows = [(*key, f'{sum(has for has, _ in seeds)} of {len(seeds)}', *map(', '.join, zip(*(values for _, values in seeds)))) for key, seeds in found.items()]
+                found.setdefault((scale_of(folder), arm, named(stream, s)), []).append((verdicts.has_outlier(run, stream, seed), values))
+    rows = [(*key, how_many(has for has, _ in seeds), *map(', '.join, zip(*(values for _, values in seeds)))) for key, seeds in found.items()]
     return markdown(['scale', 'arm', 'stream', 'outlier', 'loss', *COLUMNS.values()], rows)
 
 
@@ -67,17 +73,13 @@ def claims(folders):
     return markdown(['claim', *map(scale_of, folders)], [(judged[0][key][0], *(said(one[key][1]) for one in judged)) for key in judged[0]])
 
 
-def has_outlier(run, seed, stream):
-    return all(line['holds'] for line in verdicts.existence(run, stream, seed))
-
-
 def outliers(folder):
     """In words: of how many seeds of the ledger C has a start-token outlier by the rule of verdicts.py, by the price of committing."""
     found = {}
     for (arm, seed), run in read_runs(folder).items():
         if re.fullmatch(r'ledger(_hs|_a[\d.]+)?', arm):
-            found.setdefault(run['measure']['model']['commit_sparsity'], []).append(has_outlier(run, seed, 'C'))
-    return ', '.join(f'{sum(has)} of {len(has)} at {alpha:g}' for alpha, has in sorted(found.items()))
+            found.setdefault(run['measure']['model']['commit_sparsity'], []).append(verdicts.has_outlier(run, 'C', seed))
+    return ', '.join(f'{how_many(has)} at {alpha:g}' for alpha, has in sorted(found.items()))
 
 
 def lag(folder):

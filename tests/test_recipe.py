@@ -23,6 +23,8 @@ sys.path.insert(0, str(RECIPE))
 import controls  # noqa: E402
 import measure  # noqa: E402
 import verdicts  # noqa: E402
+sys.path.insert(0, str(ROOT / 'results'))
+import tables  # noqa: E402
 from data.loader import SHARD_MAGIC, Tokens  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
@@ -360,6 +362,13 @@ def test_tables_and_both_figures_are_made_from_the_files_alone(tmp_path, capsys)
     assert '| ledger_160m_1337 | C | – | – | – | 3: 1, 2, 9 | 3: 1, 2, 9 | 25% | 25% | 25% |' in printed and '| ledger_160m_1337 | D | 2 [1.9, 2.1] | 30' in printed
     for name in ('onset.png', 'commits.png'):
         assert (tmp_path / name).read_bytes()[:4] == b'\x89PNG'
+
+
+def test_where_the_untrained_weights_were_not_measured_nobody_knows_of_an_outlier(tmp_path):
+    write_run(tmp_path, 'baseline')
+    run = verdicts.read_runs(tmp_path)['baseline', 1337]
+    assert verdicts.has_outlier(run, 'h', 1337) in (True, False)
+    assert verdicts.has_outlier(run | {'untrained': None}, 'h', 1337) is None and tables.how_many([None, True, False]) == '1 of 2'
 
 
 def test_the_figure_of_the_onset_has_the_price_of_zero_but_neither_other_doses_nor_short_runs(tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ MATCHED, DOSES = 0.01, 4    # nats; how many values of α claim 3 needs
 WORDS = ('reproduced', 'partly', 'not reproduced')
 TIMES, PERSISTENT = 3, 0.5  # of existence
 SHORT = 'baseline_short'    # arms whose name begins so end at another run's loss on purpose: they do not say which loss all reach
-DOSE = r'ledger_a[\d.]*[1-9]' # arms that are there for the curve over α, which has a figure of its own (../figures.py); α = 0 is an arm of interest
+DOSE = r'ledger_a[\d.]*[1-9]'  # arms that are there for the curve over α, which has a figure of its own (../figures.py); that of no price says more
 SERIES = ('fixed_dim_ratio', 'start_ratio', 'start_token_concentration', 'persistence', 'start_persistence', 'kurtosis')
 
 
@@ -86,6 +86,12 @@ def existence(run, stream, seed):
     return [condition(seed, 'outlier', f'start ratio of {stream} at least {TIMES} times the untrained, apart', large and below(before, ratio), trained=ratio, untrained=before),
             condition(seed, 'outlier', f'start persistence of {stream} at least {PERSISTENT}', s['start_persistence']['value'] >= PERSISTENT, trained=s['start_persistence']),
             condition(seed, 'outlier', f'start-token conc. of {stream} above the untrained, apart', below(at_first, after), trained=after, untrained=at_first)]
+
+
+def has_outlier(run, stream, seed):
+    """Do all three hold? None if the untrained weights were not measured."""
+    lines = existence(run, stream, seed)
+    return all(line['holds'] for line in lines) if lines else None
 
 
 def existence_in(runs, arm):
@@ -254,8 +260,7 @@ def existence_table(runs):
         for stream, s in run['measure']['streams'].items():
             lines = existence(run, stream, seed)
             marks = [f"{line['numbers'].replace('trained ', '', 1)}: {'yes' if line['holds'] else 'no'}" for line in lines] or ['untrained not measured'] * 3
-            rows.append((run['name'], f'**{stream}**' if s['decoded'] else stream, cell(run['measure']['loss']), *marks,
-                         '–' if not lines else 'yes' if all(line['holds'] for line in lines) else 'no'))
+            rows.append((run['name'], f'**{stream}**' if s['decoded'] else stream, cell(run['measure']['loss']), *marks, {None: '–', True: 'yes', False: 'no'}[has_outlier(run, stream, seed)]))
     return markdown(['run', 'stream', 'loss', f'start ratio, ≥ {TIMES} × untrained', f'start persistence, ≥ {PERSISTENT}', 'start-token conc., above untrained', 'outlier'], rows)
 
 
