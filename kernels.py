@@ -32,12 +32,12 @@ from model import GPT, RESIDUALS, Ledger, Sublayer, twin
 HALF = torch.bfloat16  # of what enters a matrix product
 PTX = tl.constexpr(bool(torch.version.cuda) and not triton.knobs.runtime.interpret)
 # What one program does: tiles of ROWS × COLUMNS, LOOP of them down the rows or all across the columns. results/h200/tiles.py times them.
-DELIBERATE = dict(ROWS=64, COLUMNS=64, LOOP=16, STAGES=2, num_warps=8)
+DELIBERATE = dict(ROWS=32, COLUMNS=64, LOOP=32, STAGES=3, num_warps=4)
 GRADIENT_A = dict(ROWS=64, COLUMNS=32, STAGES=3, num_warps=4)
-GRADIENT_U = dict(ROWS=64, COLUMNS=32, LOOP=32, STAGES=2, num_warps=4)
+GRADIENT_U = dict(ROWS=16, COLUMNS=64, LOOP=94, STAGES=4, num_warps=4)
 GRADIENT_READ = dict(ROWS=2, LOOP=32, STAGES=3)
 ADD_PRODUCT = dict(ROWS=64, COLUMNS=128, num_warps=4)
-DIRECTION = dict(ROWS=32, num_warps=4)
+DIRECTION = dict(ROWS=64, num_warps=4)
 
 
 @triton.jit
@@ -76,8 +76,12 @@ def direction_kernel(a, projected, G, Ga, length, f, N, apart, apart_p, r: tl.co
     """Ga, ‖v‖ and f."""
     first, row, rank = tl.program_id(0).to(tl.int64) * ROWS, tl.arange(0, ROWS), tl.arange(0, r)
     there = (row < N - first)[:, None]
-    ak = load_a(a + first * apart, 2, row, N - first, apart, r).to(tl.float32)
-    x = tl.dot(ak, tl.load(G + rank[:, None] * r + rank[None, :]), input_precision='ieee')  # a quadratic form in less loses what is small
+    ak = load_a(a + first * apart, 2, row, N - first, apart, r)
+    more, x = tl.load(G + rank[:, None] * r + rank[None, :]), tl.zeros((ROWS, r), tl.float32)
+    for _ in tl.static_range(3):  # G in three parts has all its bits: a quadratic form in less loses what is small
+        part = more.to(ak.dtype)
+        x, more = tl.dot(ak, part, x), more - part.to(tl.float32)
+    ak = ak.to(tl.float32)
     tl.store(Ga + first * r + row[:, None] * r + rank[None, :], x, there)
     norm = tl.sqrt(tl.maximum(tl.sum(ak * x, 1), 1e-24))
     tl.store(length + first + row, norm, row < N - first)
@@ -144,48 +148,59 @@ def gradient_a_kernel(g, y, a, f, U, be, bw, projected, Ga, length, ga, h, last,
 
 
 @triton.jit
+def turned(x, one):
+    """xᵀ in float32. In bfloat16 as a product with the identity, which is exact: tensor cores find x where it was loaded to, and leave it where the gates are."""
+    if x.dtype == tl.bfloat16:
+        return tl.dot(one, tl.trans(x))
+    else:
+        return tl.trans(x).to(tl.float32)
+
+
+@triton.jit
 def gradient_U_kernel(g, y, D, a, f, h, last, U, be, bw, gy, gD, gU, gb, N, apart, d: tl.constexpr, r: tl.constexpr,
                       ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr):
-    """The gradients of y and D, and this program's share of those of U and of the biases: its rows."""
+    """The gradients of y and D, and this program's share of those of U and of the biases: its rows. Tiles lie turned, (COLUMNS, ROWS): so they
+    enter the products that sum over tokens from the registers that they are in."""
     col, row, rank = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, ROWS), tl.arange(0, r)
     real = inside(col, d, COLUMNS)
-    Ue, Uw, Uk = load_U(U, 0, col, real, d, r), load_U(U, 1, col, real, d, r), load_U(U, 2, col, real, d, r)
-    b_e, b_w = tl.load(be + col, real, 0.0)[None, :], tl.load(bw + col, real, 0.0)[None, :]
-    sum_e, sum_w = tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
-    ge, gw, gk = tl.zeros((r, COLUMNS), tl.float32), tl.zeros((r, COLUMNS), tl.float32), tl.zeros((r, COLUMNS), tl.float32)
+    Ue, Uw, Uk = tl.trans(load_U(U, 0, col, real, d, r)), tl.trans(load_U(U, 1, col, real, d, r)), tl.trans(load_U(U, 2, col, real, d, r))
+    b_e, b_w = tl.load(be + col, real, 0.0)[:, None], tl.load(bw + col, real, 0.0)[:, None]
+    sum_e, sum_w = tl.zeros((COLUMNS,), tl.float32), tl.zeros((COLUMNS,), tl.float32)
+    ge, gw, gk = tl.zeros((COLUMNS, r), tl.float32), tl.zeros((COLUMNS, r), tl.float32), tl.zeros((COLUMNS, r), tl.float32)
     at = row[:, None] * d + col[None, :]
+    one = (tl.arange(0, COLUMNS)[:, None] == tl.arange(0, COLUMNS)[None, :]).to(U.dtype.element_ty)
     for i in tl.range(LOOP, num_stages=STAGES):
         first = (tl.program_id(1) * LOOP + i).to(tl.int64) * ROWS
         left = N - first
         there, a_row = (row < left)[:, None] & real[None, :], a + first * apart
-        x = tl.load(g + first * d + at, there, 0.0).to(tl.float32)
+        x = turned(tl.load(g + first * d + at, there, 0.0), one)
         a_gate = load_a(a_row, 1, row, left, apart, r)
-        w = sigmoid(tl.dot(a_gate, Uw), b_w)
+        w = sigmoid(tl.dot(Uw, tl.trans(a_gate)), b_w)
         z = x * w
-        tl.store(gy + first * d + at, z, there)
-        z *= tl.load(y + first * d + at, there, 0.0).to(tl.float32)
+        tl.store(gy + first * d + at, tl.trans(z.to(gy.dtype.element_ty)), there)
+        z *= turned(tl.load(y + first * d + at, there, 0.0), one)
         z -= z * w
-        sum_w += z
-        gw += tl.dot(tl.trans(a_gate), z.to(a_gate.dtype))
+        sum_w += tl.sum(z, 1)
+        gw += tl.dot(z.to(a_gate.dtype), a_gate)
         f_row, h_row, last_row = tl.load(f + first + row, row < left, 0.0), tl.load(h + first + row, row < left, 0.0), tl.load(last + first + row, row < left, 0.0)
         ak = load_a(a_row, 2, row, left, apart, r)
-        v = tl.dot(ak, Uk)
-        tl.store(gD + first * d + at, x + h_row[:, None] * v, there)
+        v = tl.dot(Uk, tl.trans(ak))
+        tl.store(gD + first * d + at, tl.trans((x + h_row[None, :] * v).to(gD.dtype.element_ty)), there)
         a_gate = load_a(a_row, 0, row, left, apart, r)
-        e = sigmoid(tl.dot(a_gate, Ue), b_e)
-        x = -x * e * f_row[:, None]
-        z = x + h_row[:, None] * tl.load(D + first * d + at, there, 0.0).to(tl.float32) - last_row[:, None] * v
-        gk += tl.dot(tl.trans(ak), z.to(ak.dtype))
+        e = sigmoid(tl.dot(Ue, tl.trans(a_gate)), b_e)
+        x = -x * e * f_row[None, :]
+        z = x + h_row[None, :] * turned(tl.load(D + first * d + at, there, 0.0), one) - last_row[None, :] * v
+        gk += tl.dot(z.to(ak.dtype), ak)
         x *= v
         x -= x * e
-        sum_e += x
-        ge += tl.dot(tl.trans(a_gate), x.to(a_gate.dtype))
-    at, there = tl.program_id(1) * 3 * d * r + col[None, :] * r + rank[:, None], real[None, :]
-    tl.store(gU + at, ge, there)
-    tl.store(gU + at + d * r, gw, there)
-    tl.store(gU + at + 2 * d * r, gk, there)
-    tl.store(gb + tl.program_id(1) * 2 * d + col, tl.sum(sum_e, 0), real)
-    tl.store(gb + tl.program_id(1) * 2 * d + d + col, tl.sum(sum_w, 0), real)
+        sum_e += tl.sum(x, 1)
+        ge += tl.dot(x.to(a_gate.dtype), a_gate)
+    at = tl.program_id(1) * 3 * d * r + col[:, None] * r + rank[None, :]
+    tl.store(gU + at, ge, real[:, None])
+    tl.store(gU + at + d * r, gw, real[:, None])
+    tl.store(gU + at + 2 * d * r, gk, real[:, None])
+    tl.store(gb + tl.program_id(1) * 2 * d + col, sum_e, real)
+    tl.store(gb + tl.program_id(1) * 2 * d + d + col, sum_w, real)
 
 
 @triton.jit

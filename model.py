@@ -317,13 +317,13 @@ class GPT(nn.Module):
         for sublayer in self.sublayers:
             streams, gate = sublayer(streams)
             if gate is not None:
-                gates.append(gate.mean())
+                gates.append(gate)
         if targets is None:
             return self.head(self.decode(streams))
         loss = self.cross_entropy(streams, targets)
         if not gates:
             return loss, loss, loss.new_zeros(0)
-        gates = torch.stack(gates)
+        gates = torch.stack(gates).flatten(1).mean(1)
         return loss + self.config.commit_sparsity * gates.mean(), loss, gates.detach()
 
     def num_params(self):
