@@ -31,11 +31,12 @@ from model import GPT, RESIDUALS, Ledger, Sublayer, twin
 
 HALF = torch.bfloat16  # of what enters a matrix product
 PTX = tl.constexpr(bool(torch.version.cuda) and not triton.knobs.runtime.interpret)
-# What one program does: tiles of ROWS × COLUMNS, LOOP of them down the rows or all across the columns. results/h200/tiles.py times them.
-DELIBERATE = dict(ROWS=32, COLUMNS=64, LOOP=32, STAGES=3, num_warps=4)
+# What one program does: a tile of ROWS × COLUMNS, all tiles across the columns, or its share of those down the rows where there are PROGRAMS
+# programs: as many as an H100 or H200 runs at once. results/h200/tiles.py times them.
+DELIBERATE = dict(ROWS=32, COLUMNS=128, PROGRAMS=264, STAGES=3, num_warps=4)
 GRADIENT_A = dict(ROWS=64, COLUMNS=32, STAGES=3, num_warps=4)
-GRADIENT_U = dict(ROWS=16, COLUMNS=64, LOOP=94, STAGES=4, num_warps=4)
-GRADIENT_READ = dict(ROWS=2, LOOP=32, STAGES=3)
+GRADIENT_U = dict(ROWS=16, COLUMNS=64, PROGRAMS=264, STAGES=4, num_warps=4)
+GRADIENT_READ = dict(ROWS=2, PROGRAMS=1056, STAGES=3)
 ADD_PRODUCT = dict(ROWS=64, COLUMNS=128, num_warps=4)
 DIRECTION = dict(ROWS=64, num_warps=4)
 
@@ -74,7 +75,7 @@ def load_a(a, gate: tl.constexpr, row, left, apart, r: tl.constexpr):
 @triton.jit
 def direction_kernel(a, projected, G, Ga, length, f, N, apart, apart_p, r: tl.constexpr, ROWS: tl.constexpr):
     """Ga, ‖v‖ and f."""
-    first, row, rank = tl.program_id(0).to(tl.int64) * ROWS, tl.arange(0, ROWS), tl.arange(0, r)
+    first, row, rank = tl.program_id(1).to(tl.int64) * ROWS, tl.arange(0, ROWS), tl.arange(0, r)
     there = (row < N - first)[:, None]
     ak = load_a(a + first * apart, 2, row, N - first, apart, r)
     more, x = tl.load(G + rank[:, None] * r + rank[None, :]), tl.zeros((ROWS, r), tl.float32)
@@ -112,7 +113,7 @@ def deliberate_kernel(D, y, a, f, U, be, bw, D2, N, apart, d: tl.constexpr, r: t
 def gradient_a_kernel(g, y, a, f, U, be, bw, projected, Ga, length, ga, h, last, N, apart, apart_p, d: tl.constexpr, r: tl.constexpr,
                       ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr):
     """The gradient of a, h and 2 f h: whole rows."""
-    first = tl.program_id(0).to(tl.int64) * ROWS
+    first = tl.program_id(1).to(tl.int64) * ROWS
     row, rank, left = tl.arange(0, ROWS), tl.arange(0, r), N - first
     a += first * apart
     ae, aw, ak = load_a(a, 0, row, left, apart, r), load_a(a, 1, row, left, apart, r), load_a(a, 2, row, left, apart, r)
@@ -212,7 +213,7 @@ def gradient_read_kernel(gu, gs, gD, gC, D, C, c, scale, gain, wc, gD2, gC2, gc,
     scale, gain, wc = (tl.load(scale + col, col < d, 0.0)[None, :], tl.load(gain + col, col < d, 0.0)[None, :], tl.load(wc + col, col < d, 0.0)[None, :])
     sum_scale, sum_gain, sum_wc = tl.zeros((ROWS, WIDTH), tl.float32), tl.zeros((ROWS, WIDTH), tl.float32), tl.zeros((ROWS, WIDTH), tl.float32)
     for i in tl.range(LOOP, num_stages=STAGES):
-        first = (tl.program_id(0) * LOOP + i).to(tl.int64) * ROWS
+        first = (tl.program_id(1) * LOOP + i).to(tl.int64) * ROWS
         at, there = first * d + row[:, None] * d + col[None, :], (row < N - first)[:, None] & (col < d)[None, :]
         x, y = tl.load(D + at, there, 0.0).to(tl.float32), tl.load(C + at, there, 0.0).to(tl.float32)
         n = x + scale * y
@@ -230,7 +231,7 @@ def gradient_read_kernel(gu, gs, gD, gC, D, C, c, scale, gain, wc, gD2, gC2, gc,
         tl.store(gc + first + row, tl.sum(x * y, 1), row < N - first)
         y = tl.load(c + first + row, row < N - first, 0.0)[:, None] * y
         tl.store(gD2 + at, tl.load(gD + at, there, 0.0).to(tl.float32) + g + y, there)
-    sums += tl.program_id(0) * 3 * d + col
+    sums += tl.program_id(1) * 3 * d + col
     tl.store(sums, tl.sum(sum_scale, 0), col < d)
     tl.store(sums + d, tl.sum(sum_gain, 0), col < d)
     tl.store(sums + 2 * d, tl.sum(sum_wc * gain, 0), col < d)
@@ -247,14 +248,17 @@ def add_product_kernel(g, gp, VP, g2, N, d: tl.constexpr, r: tl.constexpr, ROWS:
     tl.store(g2 + at, tl.load(g + at, there, 0.0).to(tl.float32) + x, there)
 
 
-def groups(tile, N):
-    return triton.cdiv(N, tile['ROWS'] * tile.get('LOOP', 1))
+def grid(tile, N, d=0):
+    """Returns how many programs lie side by side, one where each does all columns, and how many share the rows."""
+    columns, rows = triton.cdiv(d, tile['COLUMNS']) if d else 1, triton.cdiv(N, tile['ROWS'])
+    return columns, min(rows, max(1, tile['PROGRAMS'] // columns)) if 'PROGRAMS' in tile else rows
 
 
-def launch(kernel, tile, tensors, y, a, U, *more):
-    (N, d), r = y.shape, U.shape[2]
-    grid = (triton.cdiv(d, tile['COLUMNS']), groups(tile, N)) if 'LOOP' in tile else (groups(tile, N),)
-    kernel[grid](*tensors, N, a.stride(0), *more, d, r, **tile)
+def launch(kernel, tile, N, d, *arguments):
+    programs, tile = grid(tile, N, d), dict(tile)
+    if tile.pop('PROGRAMS', None):
+        tile['LOOP'] = triton.cdiv(N, tile['ROWS'] * programs[1])
+    kernel[programs](*arguments, **tile)
 
 
 # To the compiler each launch is one opaque operation: what it returns, what it does, and what it returns once more for tracing.
@@ -266,7 +270,7 @@ def empty_direction(a, G):
 @torch.library.custom_op('ledger::direction', mutates_args=())
 def direction(a: torch.Tensor, projected: torch.Tensor, G: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     outputs = empty_direction(a, G)
-    direction_kernel[(groups(DIRECTION, len(a)),)](a, projected, G, *outputs, len(a), a.stride(0), projected.stride(0), len(G), **DIRECTION)
+    launch(direction_kernel, DIRECTION, len(a), 0, a, projected, G, *outputs, len(a), a.stride(0), projected.stride(0), len(G))
     return outputs
 
 
@@ -278,7 +282,7 @@ def _(a, projected, G):
 @torch.library.custom_op('ledger::deliberate', mutates_args=())
 def deliberate(D: torch.Tensor, y: torch.Tensor, a: torch.Tensor, f: torch.Tensor, U: torch.Tensor, be: torch.Tensor, bw: torch.Tensor) -> torch.Tensor:
     D2 = torch.empty_like(D)
-    launch(deliberate_kernel, DELIBERATE, (D, y, a, f, U, be, bw, D2), y, a, U)
+    launch(deliberate_kernel, DELIBERATE, *y.shape, D, y, a, f, U, be, bw, D2, len(y), a.stride(0), *U.shape[1:])
     return D2
 
 
@@ -295,7 +299,7 @@ def empty_gradients_a(a, f):
 def gradient_a(g: torch.Tensor, y: torch.Tensor, a: torch.Tensor, f: torch.Tensor, U: torch.Tensor, be: torch.Tensor, bw: torch.Tensor,
                projected: torch.Tensor, Ga: torch.Tensor, length: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     outputs = empty_gradients_a(a, f)
-    launch(gradient_a_kernel, GRADIENT_A, (g, y, a, f, U, be, bw, projected, Ga, length, *outputs), y, a, U, projected.stride(0))
+    launch(gradient_a_kernel, GRADIENT_A, len(y), 0, g, y, a, f, U, be, bw, projected, Ga, length, *outputs, len(y), a.stride(0), projected.stride(0), *U.shape[1:])
     return outputs
 
 
@@ -305,7 +309,7 @@ def _(g, y, a, f, U, be, bw, projected, Ga, length):
 
 
 def empty_gradients_U(y, D, U, be):
-    n = groups(GRADIENT_U, len(y))
+    n = grid(GRADIENT_U, *y.shape)[1]
     return torch.empty_like(y), torch.empty_like(D), be.new_empty(n, *U.shape), be.new_empty(n, 2, len(be))
 
 
@@ -313,7 +317,7 @@ def empty_gradients_U(y, D, U, be):
 def gradient_U(g: torch.Tensor, y: torch.Tensor, D: torch.Tensor, a: torch.Tensor, f: torch.Tensor, h: torch.Tensor, last: torch.Tensor, U: torch.Tensor,
                be: torch.Tensor, bw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     outputs = empty_gradients_U(y, D, U, be)
-    launch(gradient_U_kernel, GRADIENT_U, (g, y, D, a, f, h, last, U, be, bw, *outputs), y, a, U)
+    launch(gradient_U_kernel, GRADIENT_U, *y.shape, g, y, D, a, f, h, last, U, be, bw, *outputs, len(y), a.stride(0), *U.shape[1:])
     return outputs
 
 
@@ -323,16 +327,15 @@ def _(g, y, D, a, f, h, last, U, be, bw):
 
 
 def empty_gradients_read(D, C, c, gain):
-    return torch.empty_like(D), torch.empty_like(C), torch.empty_like(c), gain.new_empty(groups(GRADIENT_READ, D.numel() // len(gain)), 3, len(gain))
+    return torch.empty_like(D), torch.empty_like(C), torch.empty_like(c), gain.new_empty(grid(GRADIENT_READ, D.numel() // len(gain))[1], 3, len(gain))
 
 
 @torch.library.custom_op('ledger::gradient_read', mutates_args=())
 def gradient_read(gu: torch.Tensor, gs: torch.Tensor, gD: torch.Tensor, gC: torch.Tensor, D: torch.Tensor, C: torch.Tensor, c: torch.Tensor, scale: torch.Tensor,
                   gain: torch.Tensor, wc: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     outputs, d = empty_gradients_read(D, C, c, gain), len(gain)
-    width = triton.next_power_of_2(d)
-    gradient_read_kernel[(len(outputs[3]),)](gu, gs, gD, gC, D, C, c, scale, gain, wc, *outputs, D.numel() // d, eps, d, width, **GRADIENT_READ,
-                                             num_warps=min(16, max(1, width // 256)))
+    N, width = D.numel() // d, triton.next_power_of_2(d)
+    launch(gradient_read_kernel, dict(GRADIENT_READ, num_warps=min(16, max(1, width // 256))), N, 0, gu, gs, gD, gC, D, C, c, scale, gain, wc, *outputs, N, eps, d, width)
     return outputs
 
 
@@ -344,7 +347,7 @@ def _(gu, gs, gD, gC, D, C, c, scale, gain, wc, eps):
 @torch.library.custom_op('ledger::add_product', mutates_args=())
 def add_product(g: torch.Tensor, gp: torch.Tensor, VP: torch.Tensor) -> torch.Tensor:
     g2, (N, r), d = torch.empty_like(g), gp.shape, VP.shape[1]
-    add_product_kernel[triton.cdiv(d, ADD_PRODUCT['COLUMNS']), groups(ADD_PRODUCT, N)](g, gp, VP, g2, N, d, r, **ADD_PRODUCT)
+    launch(add_product_kernel, ADD_PRODUCT, N, d, g, gp, VP, g2, N, d, r)
     return g2
 
 

@@ -79,7 +79,7 @@ def check_in_float32():
     import model as model_py
     kernels.HALF = torch.float32  # the interpreter multiplies no bfloat16
     for tile in (kernels.DELIBERATE, kernels.GRADIENT_A, kernels.GRADIENT_U, kernels.GRADIENT_READ, kernels.ADD_PRODUCT, kernels.DIRECTION):
-        tile |= dict(ROWS=32, LOOP=2) if 'LOOP' in tile else dict(ROWS=32)  # 69 tokens are more than one program's work, the last one's in part
+        tile |= dict(ROWS=32, PROGRAMS=2) if 'PROGRAMS' in tile else dict(ROWS=32)  # 69 tokens are three tiles, the last in part: two programs share them, or one has all
     for sizes in ODD_SIZES:
         model = shaken(**sizes)
         exact = GPT(model.config).double()
@@ -123,7 +123,7 @@ def test_the_kernels_compile_for_hopper_and_fit_into_its_shared_memory(monkeypat
     for kernel, tile, sizes in ((kernels.deliberate_kernel, kernels.DELIBERATE, dict(r=64)), (kernels.gradient_a_kernel, kernels.GRADIENT_A, dict(r=64)),
                                 (kernels.gradient_U_kernel, kernels.GRADIENT_U, dict(r=64)), (kernels.gradient_read_kernel, kernels.GRADIENT_READ, dict(WIDTH=1024)),
                                 (kernels.add_product_kernel, kernels.ADD_PRODUCT, dict(r=64)), (kernels.direction_kernel, kernels.DIRECTION, dict(r=64))):
-        fixed = {**tile, **sizes, **({'d': 768} if 'd' in kernel.arg_names else {})}
+        fixed = {**{'LOOP' if name == 'PROGRAMS' else name: value for name, value in tile.items()}, **sizes, **({'d': 768} if 'd' in kernel.arg_names else {})}
         options = {'num_warps': fixed.pop('num_warps', 4)}
         arguments = {name: 'constexpr' if name in fixed else types.get(name, '*fp32') for name in kernel.arg_names}
         source = ASTSource(kernel, arguments, {(i,): fixed[name] for i, name in enumerate(kernel.arg_names) if name in fixed},

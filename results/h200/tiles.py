@@ -25,13 +25,15 @@ import kernels
 from bench import machine
 from data.loader import atomic_write
 
-TILES = {  # for the gradient of U: 94 tiles of 16 rows, or 47 of 32, make 65,536 rows and 768 columns 264 programs, two for each processor of an H100 or H200
-    'DELIBERATE': [dict(ROWS=rows, COLUMNS=c, LOOP=n, STAGES=s, num_warps=w)
-                   for rows, c, s, w in ((32, 64, 3, 4), (32, 128, 3, 4), (64, 128, 3, 8), (64, 64, 2, 8), (64, 32, 3, 4)) for n in (16, 24, 32, 47)],
+TILES = {
+    'DELIBERATE': [dict(ROWS=rows, COLUMNS=c, PROGRAMS=n, STAGES=s, num_warps=w)
+                   for rows, c, s, w, programs in ((32, 128, 3, 4, (132, 264, 396, 528)), (32, 64, 3, 4, (264, 396, 528, 792)), (64, 128, 3, 8, (132, 264)), (64, 64, 2, 8, (264, 528)))
+                   for n in programs],
     'GRADIENT_A': [dict(ROWS=rows, COLUMNS=c, STAGES=s, num_warps=w) for rows, c, s, w in ((64, 32, 3, 4), (64, 32, 4, 4), (64, 16, 4, 4), (64, 64, 2, 4), (128, 32, 3, 8), (128, 64, 3, 8))],
-    'GRADIENT_U': [dict(ROWS=rows, COLUMNS=c, LOOP=n, STAGES=s, num_warps=w)
-                   for rows, c, s, w, loops in ((16, 64, 3, 4, (32, 94)), (16, 64, 4, 4, (32, 47, 94, 187)), (32, 64, 3, 4, (32, 47, 94)), (32, 128, 3, 8, (47, 94))) for n in loops],
-    'GRADIENT_READ': [dict(ROWS=rows, LOOP=n, STAGES=s) for rows, loops in ((1, (64, 124)), (2, (32, 62, 83, 124)), (4, (16, 31))) for n in loops for s in (2, 3)],
+    'GRADIENT_U': [dict(ROWS=rows, COLUMNS=c, PROGRAMS=n, STAGES=s, num_warps=w)
+                   for rows, c, s, w, programs in ((16, 64, 4, 4, (264, 528)), (16, 64, 3, 4, (264, 528)), (32, 64, 3, 4, (264, 528)), (32, 128, 3, 8, (132,)), (64, 32, 2, 4, (264,)))
+                   for n in programs],
+    'GRADIENT_READ': [dict(ROWS=rows, PROGRAMS=n, STAGES=s) for rows, s in ((2, 3), (2, 4), (2, 2), (1, 3)) for n in (264, 396, 528, 792, 1056)],
     'ADD_PRODUCT': [dict(ROWS=rows, COLUMNS=c, num_warps=w) for rows, c, w in ((64, 128, 4), (64, 64, 4), (128, 64, 4), (128, 128, 8), (64, 256, 8))],
     'DIRECTION': [dict(ROWS=rows, num_warps=w) for rows in (32, 64, 128) for w in (4, 8)],
 }
