@@ -31,6 +31,9 @@ from model import GPT, RESIDUALS, Ledger, Sublayer, twin
 
 HALF = torch.bfloat16  # of what enters a matrix product
 PTX = tl.constexpr(bool(torch.version.cuda) and not triton.knobs.runtime.interpret)
+# LOOP is no constant, or training would compile again what fast() has compiled; the kernels say that it is above 0, or ptxas lets their products wait for
+# one another. The interpreter's loops want a Python number.
+COUNT = tl.constexpr if triton.knobs.runtime.interpret else int
 # What one program does: a tile of ROWS × COLUMNS, all tiles across the columns, or its share of those down the rows where there are PROGRAMS
 # programs: as many as an H100 or H200 runs at once. results/h200/tiles.py times them.
 DELIBERATE = dict(ROWS=32, COLUMNS=128, PROGRAMS=264, STAGES=3, num_warps=4)
@@ -90,15 +93,16 @@ def direction_kernel(a, projected, G, Ga, length, f, N, apart, apart_p, r: tl.co
     tl.store(f + first + row, tl.sum(ak * x, 1) / (norm * norm), row < N - first)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['LOOP'])
 def deliberate_kernel(D, y, a, f, U, be, bw, D2, N, apart, d: tl.constexpr, r: tl.constexpr,
-                      ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr):
+                      ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOOP, STAGES: tl.constexpr):
     """D2 = D − e ⊙ v · f + w ⊙ y."""
     col, row = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, ROWS)
     real = inside(col, d, COLUMNS)
     Ue, Uw, Uk = load_U(U, 0, col, real, d, r), load_U(U, 1, col, real, d, r), load_U(U, 2, col, real, d, r)
     b_e, b_w = tl.load(be + col, real, 0.0)[None, :], tl.load(bw + col, real, 0.0)[None, :]
     at = row[:, None] * d + col[None, :]
+    tl.assume(LOOP > 0)
     for i in tl.range(LOOP, num_stages=STAGES):
         first = (tl.program_id(1) * LOOP + i).to(tl.int64) * ROWS
         left = N - first
@@ -157,9 +161,9 @@ def turned(x, one):
         return tl.trans(x).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['LOOP'])
 def gradient_U_kernel(g, y, D, a, f, h, last, U, be, bw, gy, gD, gU, gb, N, apart, d: tl.constexpr, r: tl.constexpr,
-                      ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr):
+                      ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOOP, STAGES: tl.constexpr):
     """The gradients of y and D, and this program's share of those of U and of the biases: its rows. Tiles lie turned, (COLUMNS, ROWS): so they
     enter the products that sum over tokens from the registers that they are in."""
     col, row, rank = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, ROWS), tl.arange(0, r)
@@ -170,6 +174,7 @@ def gradient_U_kernel(g, y, D, a, f, h, last, U, be, bw, gy, gD, gU, gb, N, apar
     ge, gw, gk = tl.zeros((COLUMNS, r), tl.float32), tl.zeros((COLUMNS, r), tl.float32), tl.zeros((COLUMNS, r), tl.float32)
     at = row[:, None] * d + col[None, :]
     one = (tl.arange(0, COLUMNS)[:, None] == tl.arange(0, COLUMNS)[None, :]).to(U.dtype.element_ty)
+    tl.assume(LOOP > 0)
     for i in tl.range(LOOP, num_stages=STAGES):
         first = (tl.program_id(1) * LOOP + i).to(tl.int64) * ROWS
         left = N - first
@@ -204,14 +209,15 @@ def gradient_U_kernel(g, y, D, a, f, h, last, U, be, bw, gy, gD, gU, gb, N, apar
     tl.store(gb + tl.program_id(1) * 2 * d + d + col, sum_w, real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['LOOP'])
 def gradient_read_kernel(gu, gs, gD, gC, D, C, c, scale, gain, wc, gD2, gC2, gc, sums, N, eps, d: tl.constexpr, WIDTH: tl.constexpr,
-                         ROWS: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr):
+                         ROWS: tl.constexpr, LOOP, STAGES: tl.constexpr):
     """The gradients of D and C as they leave the deliberation and the commit before, the part of that of c that comes by D, and this program's
     share of those of scale, gain and wc: its rows."""
     col, row = tl.arange(0, WIDTH), tl.arange(0, ROWS)
     scale, gain, wc = (tl.load(scale + col, col < d, 0.0)[None, :], tl.load(gain + col, col < d, 0.0)[None, :], tl.load(wc + col, col < d, 0.0)[None, :])
     sum_scale, sum_gain, sum_wc = tl.zeros((ROWS, WIDTH), tl.float32), tl.zeros((ROWS, WIDTH), tl.float32), tl.zeros((ROWS, WIDTH), tl.float32)
+    tl.assume(LOOP > 0)
     for i in tl.range(LOOP, num_stages=STAGES):
         first = (tl.program_id(1) * LOOP + i).to(tl.int64) * ROWS
         at, there = first * d + row[:, None] * d + col[None, :], (row < N - first)[:, None] & (col < d)[None, :]
@@ -257,7 +263,7 @@ def grid(tile, N, d=0):
 def launch(kernel, tile, N, d, *arguments):
     programs, tile = grid(tile, N, d), dict(tile)
     if tile.pop('PROGRAMS', None):
-        tile['LOOP'] = triton.cdiv(N, tile['ROWS'] * programs[1])
+        tile['LOOP'] = COUNT(triton.cdiv(N, tile['ROWS'] * programs[1]))
     kernel[programs](*arguments, **tile)
 
 
