@@ -7,8 +7,8 @@ Its arithmetic is small; what costs is memory traffic: e, w, k and most gradient
 - in the deliberation, e, w and k and their gradients never leave the chip. A tile of the result is computed from tiles of D and y and from
   a = [V_e; V_w; V_k] u, which has 3r numbers a token; backward computes the gates again, twice, since the gradients of a are sums over
   columns and those of U sums over tokens. With v = U_k a_k and G = U_kᵀU_k: ‖v‖² = a_kᵀ G a_k and kᵀD = a_kᵀ(U_kᵀD) / ‖v‖, so neither
-  needs v; the gradient of v is f · (−g ⊙ e) + h · D − 2 f h · v, with g that of the new D, f = kᵀD / ‖v‖ and h = −(g ⊙ e)ᵀv / ‖v‖².
-  Where ‖v‖ is held at 1e-12, its last part is missing;
+  needs v. With g the gradient of the new D, f = kᵀD / ‖v‖ and h = −(g ⊙ e)ᵀv / ‖v‖², that of D is g; that of U_kᵀD is h a_k, which goes on to
+  D and U_k by that product; and that of v is −f g ⊙ e − 2 f h v, without its last part where ‖v‖ is held at 1e-12;
 - a sublayer's commit waits for the next sublayer's read, and the read hands the streams on: one pass over the rows of its backward adds up all
   that comes back through D, C and the commit gate;
 - a comes out of the product in which the sublayer reads u, the write map is folded into the one with which it writes
@@ -114,9 +114,9 @@ def deliberate_kernel(D, y, a, f, U, be, bw, D2, N, apart, d: tl.constexpr, r: t
 
 
 @triton.jit
-def gradient_a_kernel(g, y, a, f, U, be, bw, projected, Ga, length, ga, h, last, N, apart, apart_p, d: tl.constexpr, r: tl.constexpr,
+def gradient_a_kernel(g, y, a, f, U, be, bw, projected, Ga, length, ga, gprojected, last, N, apart, apart_p, d: tl.constexpr, r: tl.constexpr,
                       ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr):
-    """The gradient of a, h and 2 f h: whole rows."""
+    """The gradients of a and of projected, and 2 f h: whole rows."""
     first = tl.program_id(1).to(tl.int64) * ROWS
     row, rank, left = tl.arange(0, ROWS), tl.arange(0, r), N - first
     a += first * apart
@@ -148,7 +148,7 @@ def gradient_a_kernel(g, y, a, f, U, be, bw, projected, Ga, length, ga, h, last,
     tl.store(ga + at, f_row[:, None] * ge, there)
     tl.store(ga + at + r, gw, there)
     tl.store(ga + at + 2 * r, gk, there)
-    tl.store(h + first + row, h_row, row < left)
+    tl.store(gprojected + first * r + row[:, None] * r + rank[None, :], h_row[:, None] * ak.to(tl.float32), there)
     tl.store(last + first + row, last_row, row < left)
 
 
@@ -162,9 +162,9 @@ def turned(x, one):
 
 
 @triton.jit(do_not_specialize=['LOOP'])
-def gradient_U_kernel(g, y, D, a, f, h, last, U, be, bw, gy, gD, gU, gb, N, apart, d: tl.constexpr, r: tl.constexpr,
+def gradient_U_kernel(g, y, a, f, last, U, be, bw, gy, gU, gb, N, apart, d: tl.constexpr, r: tl.constexpr,
                       ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOOP, STAGES: tl.constexpr):
-    """The gradients of y and D, and this program's share of those of U and of the biases: its rows. Tiles lie turned, (COLUMNS, ROWS): so they
+    """The gradient of y, and this program's share of those of U and of the biases: its rows. Tiles lie turned, (COLUMNS, ROWS): so they
     enter the products that sum over tokens from the registers that they are in."""
     col, row, rank = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, ROWS), tl.arange(0, r)
     real = inside(col, d, COLUMNS)
@@ -188,15 +188,13 @@ def gradient_U_kernel(g, y, D, a, f, h, last, U, be, bw, gy, gD, gU, gb, N, apar
         z -= z * w
         sum_w += tl.sum(z, 1)
         gw += tl.dot(z.to(a_gate.dtype), a_gate)
-        f_row, h_row, last_row = tl.load(f + first + row, row < left, 0.0), tl.load(h + first + row, row < left, 0.0), tl.load(last + first + row, row < left, 0.0)
+        f_row, last_row = tl.load(f + first + row, row < left, 0.0), tl.load(last + first + row, row < left, 0.0)
         ak = load_a(a_row, 2, row, left, apart, r)
         v = tl.dot(Uk, tl.trans(ak))
-        tl.store(gD + first * d + at, tl.trans((x + h_row[None, :] * v).to(gD.dtype.element_ty)), there)
         a_gate = load_a(a_row, 0, row, left, apart, r)
         e = sigmoid(tl.dot(Ue, tl.trans(a_gate)), b_e)
         x = -x * e * f_row[None, :]
-        z = x + h_row[None, :] * turned(tl.load(D + first * d + at, there, 0.0), one) - last_row[None, :] * v
-        gk += tl.dot(z.to(ak.dtype), ak)
+        gk += tl.dot((x - last_row[None, :] * v).to(ak.dtype), ak)
         x *= v
         x -= x * e
         sum_e += tl.sum(x, 1)
@@ -244,13 +242,13 @@ def gradient_read_kernel(gu, gs, gD, gC, D, C, c, scale, gain, wc, gD2, gC2, gc,
 
 
 @triton.jit
-def add_product_kernel(g, gp, VP, g2, N, d: tl.constexpr, r: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """g2 = g + gp VP."""
+def add_product_kernel(g, x, W, g2, N, d: tl.constexpr, r: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """g2 = g + x W; x: (N, r), W: (r, d)."""
     col, row, rank = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, ROWS), tl.arange(0, r)
     first, real = tl.program_id(1).to(tl.int64) * ROWS, inside(col, d, COLUMNS)
     at, there = first * d + row[:, None] * d + col[None, :], (row < N - first)[:, None] & real[None, :]
-    x = tl.load(gp + first * r + row[:, None] * r + rank[None, :], (row < N - first)[:, None], 0.0)
-    x = tl.dot(x, tl.load(VP + rank[:, None] * d + col[None, :], real[None, :], 0.0))
+    x = tl.load(x + first * r + row[:, None] * r + rank[None, :], (row < N - first)[:, None], 0.0)
+    x = tl.dot(x, tl.load(W + rank[:, None] * d + col[None, :], real[None, :], 0.0))
     tl.store(g2 + at, tl.load(g + at, there, 0.0).to(tl.float32) + x, there)
 
 
@@ -298,7 +296,7 @@ def _(D, y, a, f, U, be, bw):
 
 
 def empty_gradients_a(a, f):
-    return a.new_empty(a.shape), torch.empty_like(f), torch.empty_like(f)
+    return a.new_empty(a.shape), a.new_empty(len(a), a.shape[1] // 3), torch.empty_like(f)
 
 
 @torch.library.custom_op('ledger::gradient_a', mutates_args=())
@@ -314,22 +312,22 @@ def _(g, y, a, f, U, be, bw, projected, Ga, length):
     return empty_gradients_a(a, f)
 
 
-def empty_gradients_U(y, D, U, be):
+def empty_gradients_U(y, U, be):
     n = grid(GRADIENT_U, *y.shape)[1]
-    return torch.empty_like(y), torch.empty_like(D), be.new_empty(n, *U.shape), be.new_empty(n, 2, len(be))
+    return torch.empty_like(y), be.new_empty(n, *U.shape), be.new_empty(n, 2, len(be))
 
 
 @torch.library.custom_op('ledger::gradient_U', mutates_args=())
-def gradient_U(g: torch.Tensor, y: torch.Tensor, D: torch.Tensor, a: torch.Tensor, f: torch.Tensor, h: torch.Tensor, last: torch.Tensor, U: torch.Tensor,
-               be: torch.Tensor, bw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    outputs = empty_gradients_U(y, D, U, be)
-    launch(gradient_U_kernel, GRADIENT_U, *y.shape, g, y, D, a, f, h, last, U, be, bw, *outputs, len(y), a.stride(0), *U.shape[1:])
+def gradient_U(g: torch.Tensor, y: torch.Tensor, a: torch.Tensor, f: torch.Tensor, last: torch.Tensor, U: torch.Tensor, be: torch.Tensor,
+               bw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    outputs = empty_gradients_U(y, U, be)
+    launch(gradient_U_kernel, GRADIENT_U, *y.shape, g, y, a, f, last, U, be, bw, *outputs, len(y), a.stride(0), *U.shape[1:])
     return outputs
 
 
 @gradient_U.register_fake
-def _(g, y, D, a, f, h, last, U, be, bw):
-    return empty_gradients_U(y, D, U, be)
+def _(g, y, a, f, last, U, be, bw):
+    return empty_gradients_U(y, U, be)
 
 
 def empty_gradients_read(D, C, c, gain):
@@ -351,14 +349,14 @@ def _(gu, gs, gD, gC, D, C, c, scale, gain, wc, eps):
 
 
 @torch.library.custom_op('ledger::add_product', mutates_args=())
-def add_product(g: torch.Tensor, gp: torch.Tensor, VP: torch.Tensor) -> torch.Tensor:
-    g2, (N, r), d = torch.empty_like(g), gp.shape, VP.shape[1]
-    launch(add_product_kernel, ADD_PRODUCT, N, d, g, gp, VP, g2, N, d, r)
+def add_product(g: torch.Tensor, x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+    g2, (N, r), d = torch.empty_like(g), x.shape, W.shape[1]
+    launch(add_product_kernel, ADD_PRODUCT, N, d, g, x, W, g2, N, d, r)
     return g2
 
 
 @add_product.register_fake
-def _(g, gp, VP):
+def _(g, x, W):
     return torch.empty_like(g)
 
 
@@ -376,29 +374,30 @@ def commit(D, C, c, p, UP):
 class Read(torch.autograd.Function):
     """The commit before, then the read. Of the commit: D, C: (B, T, d), any precision; c: (B, T, 1) float32; VP: (r, d), UP: (d, r), bfloat16.
     Uk: (d, r) bfloat16; scale = λ, gain, wc = w_c: (d,) float32.
-    Returns u in bfloat16; uᵀw_c, (B, T, 1) float32; D; the new C; and U_kᵀD, (B, T, r), whose gradient is Deliberate's affair."""
+    Returns u in bfloat16; uᵀw_c, (B, T, 1) float32; D; the new C; and projected = U_kᵀD, (B, T, r)."""
 
     @staticmethod
     def forward(ctx, D, C, c, VP, UP, Uk, scale, gain, wc, eps):
         with torch.autocast(D.device.type, enabled=False):
             p, projected = (half(D) @ torch.cat([VP.T, Uk], 1)).chunk(2, -1)
             C = commit(D, C, c, p, UP)
-        ctx.save_for_backward(D, C, c, p, VP, UP, scale, gain, wc)
+        ctx.save_for_backward(D, C, c, p, VP, UP, Uk, scale, gain, wc)
         ctx.eps = eps
-        ctx.mark_non_differentiable(projected)
         x = D + scale * C
         u = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain
         return u.to(HALF, copy=True), (u * wc).sum(-1, keepdim=True), D.view_as(D), C, projected
 
     @staticmethod
-    def backward(ctx, gu, gs, gD, gC, _):
-        D, C, c, p, VP, UP, scale, gain, wc = ctx.saved_tensors
+    def backward(ctx, gu, gs, gD, gC, gprojected):
+        D, C, c, p, VP, UP, Uk, scale, gain, wc = ctx.saved_tensors
         gD, gC, gc, sums = gradient_read(*(g.contiguous() for g in (gu, gs, gD, gC)), D, C, c, scale, gain, wc, ctx.eps)
         with torch.autocast(D.device.type, enabled=False):
             z = half(gC) @ UP
-            gp, cp, tokens = (c * z).to(HALF).flatten(0, 1), (c * p).to(HALF).flatten(0, 1), half(D).flatten(0, 1)
-            gVP, gUP = gp.T @ tokens, half(gC).flatten(0, 1).T @ cp
-        return add_product(gD, gp, VP), gC, gc + (z * p).sum(-1, keepdim=True, dtype=torch.float32), gVP, gUP, None, *sums.sum(0), None
+            both = torch.cat([(c * z).to(HALF), gprojected], -1).flatten(0, 1)  # the gradients of p and of projected
+            gVP, gUk = (both.T @ half(D).flatten(0, 1)).chunk(2)
+            gUP = half(gC).flatten(0, 1).T @ (c * p).to(HALF).flatten(0, 1)
+        gD, gc = add_product(gD, both, torch.cat([VP, Uk.T])), gc + (z * p).sum(-1, keepdim=True, dtype=torch.float32)
+        return gD, gC, gc, gVP, gUP, gUk.T, *sums.sum(0), None
 
 
 class Deliberate(torch.autograd.Function):
@@ -408,16 +407,16 @@ class Deliberate(torch.autograd.Function):
     def forward(ctx, D, y, a, projected, U, be, bw):
         with torch.autocast(D.device.type, enabled=False):
             Ga, length, f = direction(a, projected, U[2].float().T @ U[2].float())
-        ctx.save_for_backward(D, y, a, projected, U, be, bw, Ga, length, f)
+        ctx.save_for_backward(y, a, projected, U, be, bw, Ga, length, f)
         return deliberate(D, y, a, f, U, be, bw)
 
     @staticmethod
     def backward(ctx, g):
-        D, y, a, projected, U, be, bw, Ga, length, f = ctx.saved_tensors
+        y, a, projected, U, be, bw, Ga, length, f = ctx.saved_tensors
         g = g.contiguous()
-        ga, h, last = gradient_a(g, y, a, f, U, be, bw, projected, Ga, length)
-        gy, gD, gU, gb = gradient_U(g, y, D, a, f, h, last, U, be, bw)
-        return gD, gy, ga, None, gU.sum(0).to(U.dtype), *gb.sum(0)
+        ga, gprojected, last = gradient_a(g, y, a, f, U, be, bw, projected, Ga, length)
+        gy, gU, gb = gradient_U(g, y, a, f, last, U, be, bw)
+        return g, gy, ga, gprojected, gU.sum(0).to(U.dtype), *gb.sum(0)
 
 
 def filled(rank):
@@ -432,7 +431,7 @@ class FastSublayer(Sublayer):
         gates = r.erase_gate, r.write_gate, r.erase_direction
         more = filled(len(r.commit_map.V.weight)) - len(r.commit_map.V.weight)
         U = torch.stack([F.pad(gate.U.weight, (0, more)).to(HALF) for gate in gates])
-        u, s, D, C, projected = Read.apply(*streams.values(), U[2].detach(), r.read_scale, self.norm.weight, r.commit_weight, self.norm.eps)
+        u, s, D, C, projected = Read.apply(*streams.values(), U[2], r.read_scale, self.norm.weight, r.commit_weight, self.norm.eps)
         inputs, parts = (function.qkv, 3) if self.kind == 'attn' else (function.fc, 1)
         W = torch.cat([part.to(HALF) for part in (inputs.weight, *(F.pad(gate.V.weight, (0, 0, 0, more)) for gate in gates))])
         n = len(inputs.weight)

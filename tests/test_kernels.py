@@ -118,11 +118,11 @@ def test_the_kernels_compile_for_hopper_and_fit_into_its_shared_memory(monkeypat
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
     monkeypatch.setattr(kernels, 'PTX', kernels.tl.constexpr(True))  # the branch that the interpreter never takes
-    types = {name: streams for name in ('D', 'C', 'g', 'gD', 'gC', 'D2', 'gD2', 'gC2', 'g2')} | dict.fromkeys(('y', 'a', 'U', 'gy', 'gu', 'projected', 'Ga', 'ga', 'gp', 'VP'), '*bf16')
+    types = {name: streams for name in ('D', 'C', 'g', 'gD', 'gC', 'D2', 'gD2', 'gC2', 'g2')} | dict.fromkeys(('y', 'a', 'U', 'gy', 'gu', 'projected', 'gprojected', 'Ga', 'ga', 'x', 'W'), '*bf16')
     types |= dict.fromkeys(('N', 'apart', 'apart_p', 'LOOP'), 'i32') | {'eps': 'fp32'}
     for kernel, tile, sizes in ((kernels.deliberate_kernel, kernels.DELIBERATE, dict(r=64)), (kernels.gradient_a_kernel, kernels.GRADIENT_A, dict(r=64)),
                                 (kernels.gradient_U_kernel, kernels.GRADIENT_U, dict(r=64)), (kernels.gradient_read_kernel, kernels.GRADIENT_READ, dict(WIDTH=1024)),
-                                (kernels.add_product_kernel, kernels.ADD_PRODUCT, dict(r=64)), (kernels.direction_kernel, kernels.DIRECTION, dict(r=64))):
+                                (kernels.add_product_kernel, kernels.ADD_PRODUCT, dict(r=128)), (kernels.direction_kernel, kernels.DIRECTION, dict(r=64))):
         fixed = {**{name: value for name, value in tile.items() if name != 'PROGRAMS'}, **sizes, **({'d': 768} if 'd' in kernel.arg_names else {})}
         options = {'num_warps': fixed.pop('num_warps', 4)}
         arguments = {name: 'constexpr' if name in fixed else types.get(name, '*fp32') for name in kernel.arg_names}

@@ -31,13 +31,13 @@ TILES = {
                    for n in programs],
     'GRADIENT_A': [dict(ROWS=rows, COLUMNS=c, STAGES=s, num_warps=w) for rows, c, s, w in ((64, 32, 3, 4), (64, 32, 4, 4), (64, 16, 4, 4), (64, 64, 2, 4), (128, 32, 3, 8), (128, 64, 3, 8))],
     'GRADIENT_U': [dict(ROWS=rows, COLUMNS=c, PROGRAMS=n, STAGES=s, num_warps=w)
-                   for rows, c, s, w, programs in ((16, 64, 4, 4, (264, 528)), (16, 64, 3, 4, (264, 528)), (32, 64, 3, 4, (264, 528)), (32, 128, 3, 8, (132,)), (64, 32, 2, 4, (264,)))
-                   for n in programs],
+                   for rows, c, s, w, programs in ((32, 64, 3, 4, (264, 528)), (32, 64, 4, 4, (264, 528)), (16, 64, 3, 4, (264,)), (16, 64, 4, 4, (264,)), (16, 64, 5, 4, (264,)), (32, 128, 3, 8, (132,)),
+                                                   (16, 128, 3, 8, (132,)), (16, 128, 4, 8, (132,)), (32, 64, 2, 4, (264,))) for n in programs],
     'GRADIENT_READ': [dict(ROWS=rows, PROGRAMS=n, STAGES=s) for rows, s in ((2, 3), (2, 4), (2, 2), (1, 3)) for n in (264, 396, 528, 792, 1056)],
     'ADD_PRODUCT': [dict(ROWS=rows, COLUMNS=c, num_warps=w) for rows, c, w in ((64, 128, 4), (64, 64, 4), (128, 64, 4), (128, 128, 8), (64, 256, 8))],
     'DIRECTION': [dict(ROWS=rows, num_warps=w) for rows in (32, 64, 128) for w in (4, 8)],
 }
-LARGE = {'DELIBERATE': 3, 'GRADIENT_A': 2, 'GRADIENT_U': 5, 'GRADIENT_READ': 7, 'ADD_PRODUCT': 2, 'DIRECTION': 0}  # tensors as large as D, read or written
+LARGE = {'DELIBERATE': 3, 'GRADIENT_A': 2, 'GRADIENT_U': 3, 'GRADIENT_READ': 7, 'ADD_PRODUCT': 2, 'DIRECTION': 0}  # tensors as large as D, read or written
 
 
 def problem(N, d, r, streams, device):
@@ -49,9 +49,9 @@ def problem(N, d, r, streams, device):
     be, bw, f, length = single(d), single(d), single(N), 1 + single(N).abs()
     return {'DELIBERATE': (kernels.deliberate, (D, y, a, f, U, be, bw)),
             'GRADIENT_A': (kernels.gradient_a, (g, y, a, f, U, be, bw, half(N, r), half(N, r), length)),
-            'GRADIENT_U': (kernels.gradient_U, (g, y, D, a, f, single(N), single(N), U, be, bw)),
+            'GRADIENT_U': (kernels.gradient_U, (g, y, a, f, single(N), U, be, bw)),
             'GRADIENT_READ': (kernels.gradient_read, (half(N, d), single(N), g, stream(N, d), D, stream(N, d), single(N), single(d), single(d), single(d), 1e-6)),
-            'ADD_PRODUCT': (kernels.add_product, (g, half(N, r), half(r, d) * r**-0.5)),
+            'ADD_PRODUCT': (kernels.add_product, (g, half(N, 2 * r), half(2 * r, d) * r**-0.5)),
             'DIRECTION': (kernels.direction, (a, half(N, 2 * r)[:, r:], U[2].float().T @ U[2].float()))}
 
 
