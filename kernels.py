@@ -38,7 +38,7 @@ COUNT = tl.constexpr if triton.knobs.runtime.interpret else int
 # programs: as many as an H100 or H200 runs at once. results/h200/tiles.py times them.
 DELIBERATE = dict(ROWS=32, COLUMNS=128, PROGRAMS=264, STAGES=3, num_warps=4)
 GRADIENT_A = dict(ROWS=64, COLUMNS=32, STAGES=3, num_warps=4)
-GRADIENT_U = dict(ROWS=16, COLUMNS=64, PROGRAMS=264, STAGES=4, num_warps=4)
+GRADIENT_U = dict(ROWS=32, COLUMNS=64, PROGRAMS=264, STAGES=3, num_warps=4)
 GRADIENT_READ = dict(ROWS=2, PROGRAMS=1056, STAGES=3)
 ADD_PRODUCT = dict(ROWS=64, COLUMNS=128, num_warps=4)
 DIRECTION = dict(ROWS=64, num_warps=4)

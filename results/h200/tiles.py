@@ -31,9 +31,9 @@ TILES = {
                    for n in programs],
     'GRADIENT_A': [dict(ROWS=rows, COLUMNS=c, STAGES=s, num_warps=w) for rows, c, s, w in ((64, 32, 3, 4), (64, 32, 4, 4), (64, 16, 4, 4), (64, 64, 2, 4), (128, 32, 3, 8), (128, 64, 3, 8))],
     'GRADIENT_U': [dict(ROWS=rows, COLUMNS=c, PROGRAMS=n, STAGES=s, num_warps=w)
-                   for rows, c, s, w, programs in ((32, 64, 3, 4, (264, 528)), (32, 64, 4, 4, (264, 528)), (16, 64, 3, 4, (264,)), (16, 64, 4, 4, (264,)), (16, 64, 5, 4, (264,)), (32, 128, 3, 8, (132,)),
-                                                   (16, 128, 3, 8, (132,)), (16, 128, 4, 8, (132,)), (32, 64, 2, 4, (264,))) for n in programs],
-    'GRADIENT_READ': [dict(ROWS=rows, PROGRAMS=n, STAGES=s) for rows, s in ((2, 3), (2, 4), (2, 2), (1, 3)) for n in (264, 396, 528, 792, 1056)],
+                   for rows, c, s, w, programs in ((32, 64, 3, 4, (264, 528)), (32, 64, 2, 4, (264,)), (32, 64, 4, 4, (264,)), (16, 64, 3, 4, (264,)), (32, 128, 3, 8, (132,)), (16, 128, 3, 8, (132,)))
+                   for n in programs],
+    'GRADIENT_READ': [dict(ROWS=rows, PROGRAMS=n, STAGES=s) for rows, s in ((2, 3), (2, 2), (1, 3)) for n in (264, 396, 528, 792, 1056)],
     'ADD_PRODUCT': [dict(ROWS=rows, COLUMNS=c, num_warps=w) for rows, c, w in ((64, 128, 4), (64, 64, 4), (128, 64, 4), (128, 128, 8), (64, 256, 8))],
     'DIRECTION': [dict(ROWS=rows, num_warps=w) for rows in (32, 64, 128) for w in (4, 8)],
 }
