@@ -51,8 +51,9 @@ def bytes_of(x):
 
 def moved(gm, inputs):
     """Returns the bytes that the kernels of a graph read and write."""
-    post_grad_passes(gm, False)
     with V.set_fake_mode(fake_tensor_prop(gm, inputs)):
+        post_grad_passes(gm, False)
+        fake_tensor_prop(gm, inputs)
         graph = GraphLowering(gm)
         with V.set_graph_handler(graph), V.set_debug_handler(DebugContext()):
             graph.run(*inputs)
