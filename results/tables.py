@@ -194,7 +194,7 @@ def sentences():
     least, stream, kind = min(found)
     one, two = ({arm: line['tokens_per_s'] for arm, line in json.loads((RESULTS / 'h100' / name).read_text())['arms'].items()} for name in SCALING)
     compared = [run for folder in comparisons() for run in read_runs(folder).values()]
-    speed = {scale: json.loads((RESULTS / 'h100' / f'bench_{scale}_bf16.json').read_text())['arms'] for scale in ('160m', '290m')}
+    speed = {scale: json.loads((RESULTS / 'h200' / f'bench_{scale}_bf16.json').read_text())['arms'] for scale in ('160m', '290m')}
     measured = json.loads((RESULTS / 'h100/bench_measure.json').read_text())['arms']
     quick, windows = speed['160m'], [run['controls']['windows'] for run in compared if run['controls']]
     moved = {key: [(w['anywhere_bfloat16']['streams'][stream][key]['value'], q[key]['value']) for w in windows for stream, q in w['anywhere']['streams'].items()] for key in COLUMNS}
