@@ -80,7 +80,7 @@ def check_in_float32():
     kernels.HALF = torch.float32  # the interpreter multiplies no bfloat16
     for tile in (kernels.DELIBERATE, kernels.GRADIENT_A, kernels.GRADIENT_U, kernels.GRADIENT_READ, kernels.ADD_PRODUCT, kernels.DIRECTION):
         tile |= dict(ROWS=32, PROGRAMS=2) if 'PROGRAMS' in tile else dict(ROWS=32)  # 69 tokens are three tiles, the last in part: two programs share them, or one has all
-    for sizes in ODD_SIZES:
+    for sizes in [*ODD_SIZES, ODD_SIZES[0] | dict(gate_rank=70)]:  # which is filled up to 128
         model = shaken(**sizes)
         exact = GPT(model.config).double()
         exact.load_state_dict(model.state_dict())
@@ -112,17 +112,18 @@ def test_the_kernels_compute_the_plain_formulas_and_their_gradients_and_notice_i
     subprocess.run([sys.executable, '-c', code], cwd=ROOT, env={**os.environ, 'TRITON_INTERPRET': '1'}, check=True)
 
 
+@pytest.mark.parametrize('rank', [64, 128])
 @pytest.mark.parametrize('streams', ['*fp32', '*bf16'])
-def test_the_kernels_compile_for_hopper_and_fit_into_its_shared_memory(monkeypatch, streams):
+def test_the_kernels_compile_for_hopper_and_fit_into_its_shared_memory(monkeypatch, streams, rank):
     import kernels
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
     monkeypatch.setattr(kernels, 'PTX', kernels.tl.constexpr(True))  # the branch that the interpreter never takes
     types = {name: streams for name in ('D', 'C', 'g', 'gD', 'gC', 'D2', 'gD2', 'gC2', 'g2')} | dict.fromkeys(('y', 'a', 'U', 'gy', 'gu', 'projected', 'gprojected', 'Ga', 'ga', 'x', 'W'), '*bf16')
     types |= dict.fromkeys(('N', 'apart', 'apart_p', 'LOOP'), 'i32') | {'eps': 'fp32'}
-    for kernel, tile, sizes in ((kernels.deliberate_kernel, kernels.DELIBERATE, dict(r=64)), (kernels.gradient_a_kernel, kernels.GRADIENT_A, dict(r=64)),
-                                (kernels.gradient_U_kernel, kernels.GRADIENT_U, dict(r=64)), (kernels.gradient_read_kernel, kernels.GRADIENT_READ, dict(WIDTH=1024)),
-                                (kernels.add_product_kernel, kernels.ADD_PRODUCT, dict(r=128)), (kernels.direction_kernel, kernels.DIRECTION, dict(r=64))):
+    for kernel, tile, sizes in ((kernels.deliberate_kernel, kernels.DELIBERATE, dict(r=rank)), (kernels.gradient_a_kernel, kernels.GRADIENT_A, dict(r=rank)),
+                                (kernels.gradient_U_kernel, kernels.GRADIENT_U, dict(r=rank)), (kernels.gradient_read_kernel, kernels.GRADIENT_READ, dict(WIDTH=1024)),
+                                (kernels.add_product_kernel, kernels.ADD_PRODUCT, dict(r=2 * rank)), (kernels.direction_kernel, kernels.DIRECTION, dict(r=rank))):
         fixed = {**{name: value for name, value in tile.items() if name != 'PROGRAMS'}, **sizes, **({'d': 768} if 'd' in kernel.arg_names else {})}
         options = {'num_warps': fixed.pop('num_warps', 4)}
         arguments = {name: 'constexpr' if name in fixed else types.get(name, '*fp32') for name in kernel.arg_names}
