@@ -13,6 +13,7 @@ What is worth knowing before reading on:
 Sources: Sun et al. 2024, arXiv 2402.17762; Gallego-Feliciano et al. 2025, arXiv 2508.03616; Vemula 2026, arXiv 2606.20743;
 Gu et al. 2025, arXiv 2410.10781.
 """
+
 import argparse
 import json
 import math
@@ -25,36 +26,29 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.loader import Tokens, atomic_write, dataset_folder, encoding, philox, read_meta
-from model import RESIDUALS, UserError, build_model, load_checkpoint
+from checkpoint import build_model, open_output, open_runs, read_log
+from data.loader import UserError, atomic_write, encoding, philox
+from figures import (
+    COMPARED,
+    HEADLINES,
+    cell,
+    draw_comparison,
+    draw_landscape,
+    draw_profile,
+    draw_series,
+    short,
+)
+from model import RESIDUALS
 
-REPLICATES = 200      # of the bootstrap
-SINK_THRESHOLD = 0.3  # a head whose queries give position 0 more than this on average is a sink. Gu et al. 2025, §3
+REPLICATES = 200  # of the bootstrap
+SINK_THRESHOLD = (
+    0.3  # a head whose queries give position 0 more than this on average is a sink. Gu et al. 2025, §3
+)
 
-HEADLINES = {  # key → name in tables and figures. Each is a quantity of one sublayer, but for the two persistences.
-    'fixed_dim_ratio': 'fixed-dimension ratio', 'start_token_concentration': 'start-token conc.', 'persistence': 'persistence',
-    'start_ratio': 'start ratio', 'start_dim_concentration': 'start-dimension conc.', 'start_persistence': 'start persistence',
-    'kurtosis': 'kurtosis', 'max_over_median': 'max over median', 'top1_at_start': 'top-1 at start',
-    'massive_count': 'massive count', 'median': 'median', 'norm': 'norm'}
-COMPARED = ('fixed_dim_ratio', 'start_token_concentration', 'persistence', 'kurtosis', 'max_over_median')
-QUOTED_AT = {'start_token_concentration': 'magnitude_at_dominant', 'start_dim_concentration': 'magnitude_at_start_dim'}  # the others: at their own largest
-
-
-def find_checkpoints(paths):
-    """A file is itself; a folder is its newest checkpoint or, if it holds none, that of every run below it."""
-    def newest(folder):
-        return next((folder / name for name in ('ckpt.pt', 'ckpt_prev.pt') if (folder / name).exists()), None)
-
-    found = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            below = [newest(path)] if newest(path) else [newest(f) for f in sorted(path.rglob('*')) if f.is_dir() and newest(f)]
-            if not below:
-                raise UserError(f'there is no ckpt.pt in {path} or below it: train a run with --out_dir={path}/<run>')
-            found += below
-        else:
-            found.append(path)
-    return found
+QUOTED_AT = {
+    'start_token_concentration': 'magnitude_at_dominant',
+    'start_dim_concentration': 'magnitude_at_start_dim',
+}  # the others: at their own largest
 
 
 def at_once(device, block_size):
@@ -68,7 +62,9 @@ def topk_first(flat, k):
     top, index = flat.topk(k)
     if (top[:, 1:] < top[:, :-1]).all() and ((flat >= top[:, -1:]).sum(1) == k).all():
         return top, index
-    n = flat.shape[1]  # non-negative floats sort as their bits do, so (bits, −index) packed in 64 bits has no ties
+    n = flat.shape[
+        1
+    ]  # non-negative floats sort as their bits do, so (bits, −index) packed in 64 bits has no ties
     key = (flat.view(torch.int32).long() << 32) + torch.arange(n - 1, -1, -1, device=flat.device)
     key = key.topk(k).values
     return (key >> 32).int().view(torch.float32), n - 1 - (key & 0xFFFFFFFF)
@@ -80,8 +76,10 @@ def row_median(flat):
     if flat.device.type == 'cpu':  # numpy selects seven times faster than torch does there
         part = np.partition(flat.numpy(), n // 2, axis=1)
         upper = part[:, n // 2]
-        return torch.from_numpy(upper if n % 2 else (part[:, :n // 2].max(1) + upper) / 2)
-    larger_half = flat.topk(n // 2 + 1, sorted=False).values  # torch.median would select with one block of threads a row
+        return torch.from_numpy(upper if n % 2 else (part[:, : n // 2].max(1) + upper) / 2)
+    larger_half = flat.topk(
+        n // 2 + 1, sorted=False
+    ).values  # torch.median would select with one block of threads a row
     return larger_half.topk(2 - n % 2, largest=False).values.mean(1)
 
 
@@ -96,12 +94,15 @@ def sequence_statistics(x, k):
     squares = (x - x.mean(-1, keepdim=True)).square()
     values = {
         'median': median,
-        'max_over_median': top[:, 0] / median,                                                                # Gallego-Feliciano et al. 2025, eq. 6
-        'massive_count': ((flat > 100) & (flat >= 1000 * median[:, None])).sum(1),                            # Sun et al. 2024, §2
-        'kurtosis': ((squares / squares.mean(-1, keepdim=True)).square().mean(-1).double() - 3).mean(1),         # excess, over dimensions. Vemula 2026
+        'max_over_median': top[:, 0] / median,  # Gallego-Feliciano et al. 2025, eq. 6
+        'massive_count': ((flat > 100) & (flat >= 1000 * median[:, None])).sum(1),  # Sun et al. 2024, §2
+        'kurtosis': ((squares / squares.mean(-1, keepdim=True)).square().mean(-1).double() - 3).mean(
+            1
+        ),  # excess, over dimensions. Vemula 2026
         'norm': torch.linalg.vector_norm(x, dim=-1).mean(1),
         'top1_at_start': index[:, 0] < x.shape[2],
-        **{f'top{i + 1}': top[:, i] for i in range(k)}}
+        **{f'top{i + 1}': top[:, i] for i in range(k)},
+    }
     return a.mean(1), a[:, 0], {name: value.double() for name, value in values.items()}, top, index
 
 
@@ -109,7 +110,9 @@ def bootstrap_weights(seed, sequences, replicates):
     """Returns (1 + replicates, B) float64: ones, then Poisson(1) weights that depend on (seed, sequence) alone. sequences: (B,) their indices."""
     cdf = np.cumsum([math.exp(-1) / math.factorial(n) for n in range(20)])
     draws = [philox(seed, 1 + n).random_raw(replicates) / 2**64 for n in sequences]
-    return np.concatenate([np.ones((1, len(sequences))), np.searchsorted(cdf, np.array(draws), side='right').T])
+    return np.concatenate(
+        [np.ones((1, len(sequences))), np.searchsorted(cdf, np.array(draws), side='right').T]
+    )
 
 
 class Statistics:
@@ -117,9 +120,9 @@ class Statistics:
 
     def __init__(self, topk, replicates=0, seed=0):
         self.topk, self.replicates, self.seed = topk, replicates, seed
-        self.sequences = 0   # how many have been added
-        self.sums = {}       # name → (R, …) float64; every one is additive over sequences
-        self.top = {}        # (stream, sublayer) → value, sequence and index of the largest magnitudes so far
+        self.sequences = 0  # how many have been added
+        self.sums = {}  # name → (R, …) float64; every one is additive over sequences
+        self.top = {}  # (stream, sublayer) → value, sequence and index of the largest magnitudes so far
 
     def begin(self, count, device):
         """Says that the next calls of add and add_stream are about the next `count` sequences."""
@@ -144,7 +147,9 @@ class Statistics:
         entries = [t.flatten() for t in (top, sequence, index)]
         if (stream, s) in self.top:
             entries = [torch.cat(pair) for pair in zip(self.top[stream, s], entries)]
-        order = entries[0].argsort(descending=True, stable=True)[:self.topk]  # stable: among ties the earlier sequence stays first
+        order = entries[0].argsort(descending=True, stable=True)[
+            : self.topk
+        ]  # stable: among ties the earlier sequence stays first
         self.top[stream, s] = [t[order] for t in entries]
 
     def mean(self, name):
@@ -156,7 +161,10 @@ class Statistics:
     def stream(self, stream):
         """Returns {quantity: (R, S), or (R,) for what belongs to the whole stream} for every row of the README's table."""
         S = 1 + max(s for name, s in self.top if name == stream)
-        m, p, values = (np.stack([self.mean((stream, s, part)) for s in range(S)], 1) for part in ('magnitude', 'start', 'values'))
+        m, p, values = (
+            np.stack([self.mean((stream, s, part)) for s in range(S)], 1)
+            for part in ('magnitude', 'start', 'values')
+        )
 
         def at(array, dim):  # (R, S, d), (R,) → (R, S)
             return np.take_along_axis(array, dim[:, None, None], 2)[..., 0]
@@ -169,11 +177,15 @@ class Statistics:
                 'start_ratio': p.max(-1) / np.median(p, -1),
                 'start_token_concentration': at(p, dominant) / at(m, dominant),
                 'start_dim_concentration': at(p, start_dim) / at(m, start_dim),
-                'magnitude_at_dominant': at(m, dominant), 'magnitude_at_start_dim': at(m, start_dim),
-                'largest_dim': m.argmax(-1), 'largest_start_dim': p.argmax(-1),
-                'dominant_dim': dominant, 'start_dim': start_dim,
+                'magnitude_at_dominant': at(m, dominant),
+                'magnitude_at_start_dim': at(m, start_dim),
+                'largest_dim': m.argmax(-1),
+                'largest_start_dim': p.argmax(-1),
+                'dominant_dim': dominant,
+                'start_dim': start_dim,
                 'persistence': (m.argmax(-1) == dominant[:, None]).mean(1),
-                'start_persistence': (p.argmax(-1) == start_dim[:, None]).mean(1)}
+                'start_persistence': (p.argmax(-1) == start_dim[:, None]).mean(1),
+            }
 
 
 def number(x):
@@ -190,13 +202,21 @@ def headline(values, quoted_at=None):
         sublayer, last = int(peak[0]), number(values[0, -1])
         values = np.take_along_axis(values, peak[:, None], 1)[:, 0]
     low, high = np.quantile(values[1:], (0.025, 0.975))
-    return {'value': number(values[0]), 'low': number(low), 'high': number(high), 'sublayer': sublayer, 'last': last}
+    return {
+        'value': number(values[0]),
+        'low': number(low),
+        'high': number(high),
+        'sublayer': sublayer,
+        'last': last,
+    }
 
 
 def attention_sink(attention, q, k):
     """q, k: (B, n_head, T, d / n_head) of an Attention. Returns (B, n_head): the mean probability that queries give to position 0. Gu et al. 2025, §3."""
     one_hot = torch.zeros_like(k)
-    one_hot[:, :, 0] = 1  # values that are 1 at position 0 and else 0: attention returns the probability itself
+    one_hot[:, :, 0] = (
+        1  # values that are 1 at position 0 and else 0: attention returns the probability itself
+    )
     return attention.attend(q, k, one_hot)[..., 0].mean(-1)
 
 
@@ -207,8 +227,13 @@ def hooked(model, on_streams, on_qkv=None):
     for s, sublayer in enumerate(model.sublayers):
         handles.append(sublayer.register_forward_hook(lambda _, __, output, s=s: on_streams(s, output[0])))
         if on_qkv and sublayer.kind == 'attn':
-            handles.append(sublayer.function.qkv.register_forward_hook(
-                lambda _, __, output, layer=s // 2, attention=sublayer.function: on_qkv(layer, attention, output)))
+            handles.append(
+                sublayer.function.qkv.register_forward_hook(
+                    lambda _, __, output, layer=s // 2, attention=sublayer.function: on_qkv(
+                        layer, attention, output
+                    )
+                )
+            )
     try:
         yield
     finally:
@@ -219,6 +244,7 @@ def hooked(model, on_streams, on_qkv=None):
 @torch.no_grad()
 def collect(model, tokens, starts, batch_size, statistics, extras=False, progress=lambda done: None):
     """Adds the windows of `tokens` at `starts` to `statistics`. extras: also the loss and the attention sink."""
+
     def on_streams(s, streams):
         for name, x in streams.items():
             statistics.add_stream(name, s, x)
@@ -230,11 +256,14 @@ def collect(model, tokens, starts, batch_size, statistics, extras=False, progres
     device = next(model.parameters()).device
     with hooked(model, on_streams, on_qkv if extras else None):
         for i in range(0, len(starts), batch_size):
-            idx, targets = (t.to(device) for t in tokens.windows(starts[i:i + batch_size]))
+            idx, targets = (t.to(device) for t in tokens.windows(starts[i : i + batch_size]))
             statistics.begin(len(idx), device)
             logits = model(idx)
             if extras:
-                losses = [F.cross_entropy(*pair, reduction='none').mean(dtype=torch.float64) for pair in zip(logits, targets)]  # one by one: it makes a copy of the logits
+                losses = [
+                    F.cross_entropy(*pair, reduction='none').mean(dtype=torch.float64)
+                    for pair in zip(logits, targets)
+                ]  # one by one: it makes a copy of the logits
                 statistics.add('loss', torch.stack(losses))
             progress(i + len(idx))
     return statistics
@@ -242,9 +271,13 @@ def collect(model, tokens, starts, batch_size, statistics, extras=False, progres
 
 def training_record(statistics, streams):
     """Returns what a line of log.jsonl says of each stream: a list over the sublayers for each quantity, a number for the stream's own."""
+
     def plain(v):
         return [plain(w) for w in v] if v.ndim else int(v) if v.dtype.kind == 'i' else number(v)
-    return {stream: {name: plain(v[0]) for name, v in statistics.stream(stream).items()} for stream in streams}
+
+    return {
+        stream: {name: plain(v[0]) for name, v in statistics.stream(stream).items()} for stream in streams
+    }
 
 
 def stream_report(statistics, stream, model, tokens, starts):
@@ -252,15 +285,37 @@ def stream_report(statistics, stream, model, tokens, starts):
     q, d = statistics.stream(stream), model.config.n_embd
     sublayers = []
     for s, sublayer in enumerate(model.sublayers):
-        top = [{'value': number(value), 'sequence': n, 'position': i // d, 'token': int(tokens.windows(starts[[n]])[0][0, i // d]), 'dim': i % d}
-               for value, n, i in zip(*(t.tolist() for t in statistics.top[stream, s]))]
-        sublayers.append({'sublayer': s, 'kind': sublayer.kind, 'top': top, 'top_mean': [number(q[f'top{i + 1}'][0, s]) for i in range(statistics.topk)],
-                          'largest_dim': int(q['largest_dim'][0, s]), 'largest_start_dim': int(q['largest_start_dim'][0, s]),
-                          **{key: number(q[key][0, s]) for key in HEADLINES if q[key].ndim == 2}})
+        top = [
+            {
+                'value': number(value),
+                'sequence': n,
+                'position': i // d,
+                'token': int(tokens.windows(starts[[n]])[0][0, i // d]),
+                'dim': i % d,
+            }
+            for value, n, i in zip(*(t.tolist() for t in statistics.top[stream, s]))
+        ]
+        sublayers.append(
+            {
+                'sublayer': s,
+                'kind': sublayer.kind,
+                'top': top,
+                'top_mean': [number(q[f'top{i + 1}'][0, s]) for i in range(statistics.topk)],
+                'largest_dim': int(q['largest_dim'][0, s]),
+                'largest_start_dim': int(q['largest_start_dim'][0, s]),
+                **{key: number(q[key][0, s]) for key in HEADLINES if q[key].ndim == 2},
+            }
+        )
     dominant, start = int(q['dominant_dim'][0]), int(q['start_dim'][0])
-    return {'decoded': stream == RESIDUALS[model.config.residual].decoded, 'dominant_dim': dominant, 'start_dim': start, 'same_dim': dominant == start,
-            'peak_sublayer': int(q['magnitude_at_dominant'][0].argmax()),
-            **{key: headline(q[key], q.get(QUOTED_AT.get(key, key))) for key in HEADLINES}, 'sublayers': sublayers}
+    return {
+        'decoded': stream == RESIDUALS[model.config.residual].decoded,
+        'dominant_dim': dominant,
+        'start_dim': start,
+        'same_dim': dominant == start,
+        'peak_sublayer': int(q['magnitude_at_dominant'][0].argmax()),
+        **{key: headline(q[key], q.get(QUOTED_AT.get(key, key))) for key in HEADLINES},
+        'sublayers': sublayers,
+    }
 
 
 def measure(checkpoint, path, tokens, args):
@@ -271,21 +326,58 @@ def measure(checkpoint, path, tokens, args):
 
     def progress(done):
         if sys.stderr.isatty():
-            print(f'\r{path}: {done} of {len(starts)} sequences', end='' if done < len(starts) else '\r\033[K', file=sys.stderr, flush=True)
+            print(
+                f'\r{path}: {done} of {len(starts)} sequences',
+                end='' if done < len(starts) else '\r\033[K',
+                file=sys.stderr,
+                flush=True,
+            )
 
-    statistics = collect(model, tokens, starts, batch_size, Statistics(args.topk, REPLICATES, args.seed), extras=True, progress=progress)
-    streams = {name: stream_report(statistics, name, model, tokens, starts) for name in RESIDUALS[model.config.residual].streams}
+    statistics = collect(
+        model,
+        tokens,
+        starts,
+        batch_size,
+        Statistics(args.topk, REPLICATES, args.seed),
+        extras=True,
+        progress=progress,
+    )
+    streams = {
+        name: stream_report(statistics, name, model, tokens, starts)
+        for name in RESIDUALS[model.config.residual].streams
+    }
     loss = headline(statistics.mean('loss'))
-    sink = np.stack([statistics.mean(('sink', layer)) for layer in range(model.config.n_layer)], 1)  # (R, n_layer, n_head)
+    sink = np.stack(
+        [statistics.mean(('sink', layer)) for layer in range(model.config.n_layer)], 1
+    )  # (R, n_layer, n_head)
     report = {
-        'schema': 1, 'checkpoint': str(path), 'iter_num': checkpoint['iter_num'], 'val_loss': loss['value'], 'loss': loss,
+        'schema': 1,
+        'checkpoint': str(path),
+        'iter_num': checkpoint['iter_num'],
+        'val_loss': loss['value'],
+        'loss': loss,
         'model': {**checkpoint['model_args'], 'parameters': model.num_params()},
-        'data': {'name': tokens.path.parent.name, 'split': args.split, 'sequences': len(starts), 'block_size': tokens.block_size,
-                 'tokens': len(starts) * tokens.block_size, 'seed': args.seed},
+        'data': {
+            'name': tokens.path.parent.name,
+            'split': args.split,
+            'sequences': len(starts),
+            'block_size': tokens.block_size,
+            'tokens': len(starts) * tokens.block_size,
+            'seed': args.seed,
+        },
         'streams': streams,
-        'attention_sink': {'heads': [[number(v) for v in layer] for layer in sink[0]], 'mean': headline(sink.mean((1, 2))),
-                           'threshold': SINK_THRESHOLD, 'fraction_of_heads': headline((sink > SINK_THRESHOLD).mean((1, 2)))}}
-    return report, landscape(model, tokens.windows(starts[:8])[0].to(args.device), {name: s['peak_sublayer'] for name, s in streams.items()})
+        'attention_sink': {
+            'heads': [[number(v) for v in layer] for layer in sink[0]],
+            'mean': headline(sink.mean((1, 2))),
+            'threshold': SINK_THRESHOLD,
+            'fraction_of_heads': headline((sink > SINK_THRESHOLD).mean((1, 2))),
+        },
+    }
+    return report, landscape(
+        model,
+        tokens.windows(starts[:8])[0].to(args.device),
+        {name: s['peak_sublayer'] for name, s in streams.items()},
+    )
 
 
 @torch.no_grad()
@@ -294,41 +386,50 @@ def landscape(model, idx, sublayers):
     caught = {}
 
     def on_streams(s, streams):
-        caught.update({name: x.abs().mean(0).float().cpu().numpy() for name, x in streams.items() if sublayers[name] == s})
+        caught.update(
+            {
+                name: x.abs().mean(0).float().cpu().numpy()
+                for name, x in streams.items()
+                if sublayers[name] == s
+            }
+        )
 
     with hooked(model, on_streams):
         model(idx)
     return caught
 
 
-def short(x, digits):
-    """x with so many significant digits in at most digits + 5 characters; '–' for None."""
-    if x is None:
-        return '–'
-    return f'{x:.{digits}g}' if x == 0 or 0.01 <= abs(x) < 10**digits else f'{x:.{digits - 2}e}'.replace('e+0', 'e').replace('e-0', 'e-')
-
-
-def cell(q):
-    """'12.3 [11.9, 12.8]' of a headline."""
-    return f"{short(q['value'], 4)} [{short(q['low'], 3)}, {short(q['high'], 3)}]"
-
-
 def print_run(name, report, tokenizer):
     """One line a quantity: for each stream its headline with the sublayer that it belongs to, and its value at the last sublayer."""
     data, streams, sink = report['data'], report['streams'], report['attention_sink']
-    print(f"\n{name}, iteration {report['iter_num']}: {data['sequences']} sequences of {data['block_size']} tokens, {data['name']} {data['split']}, seed {data['seed']}")
-    print(f"loss {cell(report['loss'])} nats per token; {cell(sink['fraction_of_heads'])} of the heads are attention sinks")
-    print(f"{'':22}" + ''.join(f"{stream + ' (decoded)' * s['decoded']:28}{'at':8}{'last':8}" for stream, s in streams.items()).rstrip())
+    print(
+        f'\n{name}, iteration {report["iter_num"]}: {data["sequences"]} sequences of {data["block_size"]} tokens, {data["name"]} {data["split"]}, seed {data["seed"]}'
+    )
+    print(
+        f'loss {cell(report["loss"])} nats per token; {cell(sink["fraction_of_heads"])} of the heads are attention sinks'
+    )
+    print(
+        f'{"":22}'
+        + ''.join(
+            f'{stream + " (decoded)" * s["decoded"]:28}{"at":8}{"last":8}' for stream, s in streams.items()
+        ).rstrip()
+    )
     for key, label in HEADLINES.items():
         row = f'{label:22}'
         for s in streams.values():
-            at = '' if s[key]['sublayer'] is None else f"{s['sublayers'][s[key]['sublayer']]['kind']} {s[key]['sublayer']}"
-            row += f"{cell(s[key]):28}{at:8}{short(s[key]['last'], 3) if at else '':8}"
+            at = (
+                ''
+                if s[key]['sublayer'] is None
+                else f'{s["sublayers"][s[key]["sublayer"]]["kind"]} {s[key]["sublayer"]}'
+            )
+            row += f'{cell(s[key]):28}{at:8}{short(s[key]["last"], 3) if at else "":8}'
         print(row.rstrip())
     for stream, s in streams.items():
         top = s['sublayers'][s['peak_sublayer']]['top'][0]
-        print(f"{stream}: dominant dimension {s['dominant_dim']}, start dimension {s['start_dim']}; after sublayer {s['peak_sublayer']} at most "
-              f"{short(top['value'], 4)}: dimension {top['dim']}, position {top['position']}, {token_text(tokenizer, top['token'])}")
+        print(
+            f'{stream}: dominant dimension {s["dominant_dim"]}, start dimension {s["start_dim"]}; after sublayer {s["peak_sublayer"]} at most '
+            f'{short(top["value"], 4)}: dimension {top["dim"]}, position {top["position"]}, {token_text(tokenizer, top["token"])}'
+        )
 
 
 def token_text(tokenizer, token):
@@ -344,134 +445,44 @@ def print_comparison(reports):
     columns = {}
     for name, report in reports.items():
         stream, s = next((stream, s) for stream, s in report['streams'].items() if s['decoded'])
-        columns[name] = stream, {'loss (nats per token)': report['loss'], **{HEADLINES[key]: s[key] for key in COMPARED}}
+        columns[name] = (
+            stream,
+            {'loss (nats per token)': report['loss'], **{HEADLINES[key]: s[key] for key in COMPARED}},
+        )
     print('\ndecoded stream of each run, 95% intervals over sequences')
     for i in range(0, len(columns), 3):  # three fit in 110 columns
-        block = list(columns.items())[i:i + 3]
-        print(f"{'':22}" + ''.join(f'{f"{name} ({stream})":29.28}' for name, (stream, _) in block).rstrip())
+        block = list(columns.items())[i : i + 3]
+        print(f'{"":22}' + ''.join(f'{f"{name} ({stream})":29.28}' for name, (stream, _) in block).rstrip())
         for label in block[0][1][1]:
-            print(f'{label:22}' + ''.join(f'{cell(quantities[label]):29}' for _, (_, quantities) in block).rstrip())
+            print(
+                f'{label:22}'
+                + ''.join(f'{cell(quantities[label]):29}' for _, (_, quantities) in block).rstrip()
+            )
     return columns
 
 
-# Colours that stay apart in grey and for colour-blind readers (Okabe and Ito 2008), and what a figure shows of every sublayer, with its unit.
-STREAM_STYLE = {'h': dict(color='#000000', marker='o'), 'D': dict(color='#E69F00', marker='s', linestyle='--'), 'C': dict(color='#0072B2', marker='^')}
-PROFILE = {'fixed_dim_ratio': 'largest ÷ median dimension', 'start_ratio': 'largest ÷ median dimension', 'start_token_concentration': 'position 0 ÷ mean over positions',
-           'kurtosis': 'excess kurtosis', 'max_over_median': 'largest ÷ median entry', 'norm': 'mean L2 norm of a token'}
-
-
-@contextmanager
-def figure(path, title, rows, columns, size):
-    """Gives the axes of a figure, flat, and writes it to `path`. size: (width, height) of one panel in inches.
-    matplotlib is imported here: training does not need it."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    drawing, axes = plt.subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows), layout='constrained', squeeze=False)
-    drawing.suptitle(title)
-    yield axes.flat
-    with atomic_write(path) as file:
-        drawing.savefig(file, format='png', dpi=130)
-    plt.close(drawing)
-
-
-def scale(values):
-    """How an axis that shows these values is best scaled: evenly, unless they span more than a factor of twenty."""
-    wide = max(map(abs, values)) > 20 * min(map(abs, values))
-    return ('log' if min(values) > 0 else 'symlog') if wide and max(values) > 20 else 'linear'
-
-
-def draw_lines(axis, x, lines, key, xlabel):
-    """One panel: a line for each stream. lines: {stream: values}, None where a value is not finite."""
-    for stream, values in lines.items():
-        axis.plot(x, [math.nan if v is None else v for v in values], label=stream, markersize=3, **STREAM_STYLE.get(stream, {}))
-    finite = [v for values in lines.values() for v in values if v is not None]
-    axis.set(title=HEADLINES[key], xlabel=xlabel, ylabel=PROFILE[key], yscale=scale(finite or [1]))
-    axis.yaxis.set_major_formatter('{x:g}')
-    axis.grid(alpha=0.3)
-
-
-def draw_profile(name, report, path):
-    """Every stream along the depth, a panel for each quantity."""
-    with figure(path, f"{name}, iteration {report['iter_num']}: along the depth", 2, 3, (3.8, 2.8)) as axes:
-        for axis, key in zip(axes, PROFILE):
-            lines = {stream: [sublayer[key] for sublayer in s['sublayers']] for stream, s in report['streams'].items()}
-            draw_lines(axis, range(len(next(iter(lines.values())))), lines, key, 'sublayer (even: attention, odd: MLP)')
-        axes[0].legend()
-
-
-def draw_landscape(name, report, landscapes, path):
-    """Mean magnitude over position and dimension at each stream's peak; beside it the largest value of each column and row."""
-    from matplotlib.colors import LogNorm
-    with figure(path, f"{name}, iteration {report['iter_num']}: mean magnitude |x| over 8 sequences", len(landscapes), 2, (5.5, 3.8)) as axes:
-        for (stream, a), image, margin in zip(landscapes.items(), axes[::2], axes[1::2]):
-            position, dim = np.unravel_index(a.argmax(), a.shape)
-            peak = report['streams'][stream]['sublayers'][report['streams'][stream]['peak_sublayer']]
-            blocks = [np.arange(0, n, max(1, n // 256)) for n in a.shape]  # their maxima are drawn: a single large entry must not fall between pixels
-            pooled = np.maximum.reduceat(np.maximum.reduceat(a, blocks[0], 0), blocks[1], 1)
-            largest = pooled.max() or 1
-            mesh = image.imshow(pooled.T, norm=LogNorm(largest / 1e3, largest), cmap='cividis', aspect='auto', origin='lower', extent=(0, a.shape[0], 0, a.shape[1]))
-            image.annotate(f'{a.max():.3g} in dimension {dim} at position {position}', (position, dim), (0.25, 0.92), textcoords='axes fraction',
-                           arrowprops=dict(arrowstyle='->'), bbox=dict(facecolor='white'))
-            image.set(title=f"{stream} after {peak['kind']} {peak['sublayer']}", xlabel='position (tokens)', ylabel='dimension')
-            image.figure.colorbar(mesh, ax=image, label='magnitude')
-            margin.plot(a.max(1), color='#0072B2', label='by position (largest over dimensions)')
-            margin.plot(a.max(0), color='#D55E00', linestyle='--', linewidth=0.8, label='by dimension (largest over positions)')
-            margin.set(title='the same, from both sides', xlabel='position or dimension', ylabel='largest magnitude', xscale='symlog', yscale='log' if a.any() else 'linear')
-            margin.margins(y=0.3)
-            margin.legend(fontsize='small')
-
-
-def draw_comparison(rows, path):
-    """rows: what print_comparison returns. A panel for each of its columns, a line for each run."""
-    columns = list(next(iter(rows.values()))[1])
-    with figure(path, 'decoded stream of each run, bars: 95% intervals over sequences', 2, math.ceil(len(columns) / 2), (3.8, 1.2 + 0.35 * len(rows))) as axes:
-        for axis, column in zip(axes, columns):
-            for y, (stream, quantities) in enumerate(rows.values()):
-                q = {key: math.nan if value is None else value for key, value in quantities[column].items()}
-                axis.plot([q['low'], q['high']], [y, y], color='#999999', linewidth=4)
-                axis.plot(q['value'], y, **{**STREAM_STYLE.get(stream, {}), 'linestyle': ''})
-            axis.set(title=column, ylim=(len(rows) - 0.5, -0.5))
-            axis.set_yticks(range(len(rows)), [f'{name} ({stream})' for name, (stream, _) in rows.items()])
-            axis.grid(alpha=0.3)
-
-
-def draw_series(name, log, path):
-    """log: the lines of log.jsonl. The loss, and of each quantity the largest value over the sublayers, in the course of training."""
-    tokens = [line['tokens'] for line in log]
-    with figure(path, f'{name}: during training, largest value over the sublayers', 2, 3, (3.8, 2.8)) as axes:
-        axes[0].plot(tokens, [line['val_loss'] for line in log], color='#009E73', marker='.')
-        axes[0].set(title='validation loss', xlabel='training tokens', ylabel='nats per token')
-        for axis, key in zip(axes[1:], PROFILE):
-            draw_lines(axis, tokens, {stream: [max((v for v in line['streams'][stream][key] if v is not None), default=None) for line in log]
-                                      for stream in log[0]['streams']}, key, 'training tokens')
-        axes[1].legend()
-        for axis in axes:
-            axis.set_xscale('symlog', linthresh=max(tokens[:2] + [1]))  # step 0 is at 0
-            axis.set_xlim(0, max(tokens + [1]) * 1.1)
-
-
-def read_log(path):
-    """Returns the lines of a log.jsonl, or [] where there is none; a last line that is not whole is left out."""
-    try:
-        lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith('\n')]
-        return [line for line in lines if line['iter'] >= 0]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f'{path} is not a log of training ({error}): move it away, and the run goes on with a new one') from None
-
-
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--ckpt', nargs='+', required=True, help='checkpoints, folders of runs, or folders above them')
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        '--ckpt', nargs='+', required=True, help='checkpoints, folders of runs, or folders above them'
+    )
     parser.add_argument('--sequences', type=int, default=256, help='windows to measure on (default 256)')
-    parser.add_argument('--topk', type=int, default=5, help='how many of the largest magnitudes to list (default 5)')
+    parser.add_argument(
+        '--topk', type=int, default=5, help='how many of the largest magnitudes to list (default 5)'
+    )
     parser.add_argument('--split', choices=('val', 'train'), default='val')
-    parser.add_argument('--data', help="dataset to measure on, a name below data/ or a path (default: the run's own)")
+    parser.add_argument(
+        '--data', help="dataset to measure on, a name below data/ or a path (default: the run's own)"
+    )
     parser.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
-    parser.add_argument('--out', type=Path, help="folder for measure.json and figures (default: the run's own)")
-    parser.add_argument('--seed', type=int, default=0, help='of the windows and of the bootstrap (default 0, as in training)')
+    parser.add_argument(
+        '--out', type=Path, help="folder for measure.json and figures (default: the run's own)"
+    )
+    parser.add_argument(
+        '--seed', type=int, default=0, help='of the windows and of the bootstrap (default 0, as in training)'
+    )
     parser.add_argument('--force', action='store_true', help='compare runs although their data differ')
     args = parser.parse_args(argv)
     for name in ('sequences', 'topk'):
@@ -494,45 +505,6 @@ def choose_device(args):
     args.device = args.device if args.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
 
 
-def open_output(args, name, path):
-    """Makes the folder that a run's report goes to: --out/<name>, or the checkpoint's own. Returns it and what its files' names end in: _0 for ckpt_0.pt."""
-    out, suffix = (args.out / name, '') if args.out else (path.parent, path.stem.removeprefix('ckpt'))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'cannot write to {out} ({error.strerror}): name another folder with --out') from None
-    return out, suffix
-
-
-def open_runs(args):
-    """Returns {name: (path, checkpoint, tokens, tokenizer)} of all that --ckpt names. Refuses what would compare apples with pears:
-    runs whose data are not the same, or not those that they were trained on."""
-    paths = {path.resolve(): path for path in find_checkpoints(args.ckpt)}
-    names = [path.parent.name for path in paths]
-    if len(set(zip(names, (path.stem for path in paths)))) < len(paths):
-        names = ['_'.join(path.parent.parts[-2:]) for path in paths]
-    runs, data = {}, set()
-    for path, name in zip(paths.values(), names):
-        checkpoint = load_checkpoint(path)
-        checkpoint.pop('optimizer', None)  # two thirds of a checkpoint, and all runs are held at once
-        folder, model_args = dataset_folder(args.data or checkpoint['config']['dataset']), checkpoint['model_args']
-        meta = read_meta(folder)
-        tokens = Tokens(folder, args.split, model_args['block_size'], meta['vocab_size'])
-        if meta['vocab_size'] != model_args['vocab_size']:
-            raise UserError(f"{folder} has a vocabulary of {meta['vocab_size']}, {path} one of {model_args['vocab_size']}: name its data with --data")
-        if args.topk > (size := model_args['block_size'] * model_args['n_embd']):
-            raise UserError(f'the {args.topk} largest magnitudes are asked for, but a sequence of {path} has {size}: ask for fewer')
-        sha256 = meta.get('sha256')
-        if not args.data and not args.force and checkpoint.get('data_sha256') not in (None, sha256):
-            raise UserError(f'{folder} is not the data that {path} was trained on (sha256 differs), so its validation text may have been trained on: '
-                            'make it as it was, or add --force')
-        data.add(json.dumps(sha256, sort_keys=True))
-        runs[name + path.stem.removeprefix('ckpt')] = path, checkpoint, tokens, meta['tokenizer']
-    if len(data) > 1 and not args.force:
-        raise UserError(f"{', '.join(runs)} have different data (sha256): name one set with --data, or add --force")
-    return runs
-
-
 def run(argv):
     args = parse_arguments(argv)
     runs, reports = open_runs(args), {}
@@ -546,9 +518,14 @@ def run(argv):
         if log := path.stem == 'ckpt' and read_log(path.parent / 'log.jsonl'):
             draw_series(name, log, out / 'series.png')
         print_run(name, reports[name], tokenizer)
-        print(f'written: {os.path.relpath(out)}/measure{suffix}.json, profile{suffix}.png, landscape{suffix}.png' + ', series.png' * bool(log))
+        print(
+            f'written: {os.path.relpath(out)}/measure{suffix}.json, profile{suffix}.png, landscape{suffix}.png'
+            + ', series.png' * bool(log)
+        )
     if len(reports) > 1:
-        out = args.out or Path(os.path.commonpath([path.resolve().parent.parent for path, *_ in runs.values()]))
+        out = args.out or Path(
+            os.path.commonpath([path.resolve().parent.parent for path, *_ in runs.values()])
+        )
         draw_comparison(print_comparison(reports), out / 'comparison.png')
         print(f'written: {os.path.relpath(out)}/comparison.png')
 

@@ -10,43 +10,38 @@ What differs from a textbook GPT-2:
 
 Shapes: B sequences, T tokens, d = n_embd, r = gate_rank, V = vocab_size; sublayers s = 0 … 2·n_layer − 1, attention first.
 """
+
 import copy
 import math
-import zipfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from data.loader import UserError
 
 LOGITS_AT_ONCE = 2**30  # where there are more, the loss is taken in parts
 
 
-class UserError(Exception):
-    """A mistake that the person at the keyboard can mend: every main() prints it as one sentence, without a traceback."""
-
-
-class DamagedCheckpoint(UserError):
-    """A file that is no checkpoint of ours, or not a whole one."""
-
-
 @dataclass
 class GPTConfig:
-    block_size: int = 1024         # longest sequence: positions are learned
-    vocab_size: int = 50257        # GPT-2's BPE
-    n_layer: int = 12              # each is two sublayers, attention and MLP
+    block_size: int = 1024  # longest sequence: positions are learned
+    vocab_size: int = 50257  # GPT-2's BPE
+    n_layer: int = 12  # each is two sublayers, attention and MLP
     n_head: int = 12
     n_embd: int = 768
-    residual: str = 'baseline'     # a name in RESIDUALS, at the end of the operators below
-    mlp_ratio: int = 4             # width of the MLP over n_embd
-    qk_norm: bool = False          # RMSNorm on each head's queries and keys
-    attn_bias_kv: bool = False     # one learned key and value a head, which every query sees: a place to rest other than the first token
-    gate_rank: int = 64            # ledger: rank of the gates' maps, keeps the parameter count near the baseline's
+    residual: str = 'baseline'  # a name in RESIDUALS, at the end of the operators below
+    mlp_ratio: int = 4  # width of the MLP over n_embd
+    qk_norm: bool = False  # RMSNorm on each head's queries and keys
+    attn_bias_kv: bool = False  # one learned key and value a head, which every query sees: a place to rest other than the first token
+    gate_rank: int = 64  # ledger: rank of the gates' maps, keeps the parameter count near the baseline's
     commit_sparsity: float = 0.02  # ledger: α, weight of the mean commit gate in the objective
-    decode_gamma: float = 0.0      # ledger: γ, how much of D is decoded beside C; 1 turns a closed ledger into the baseline
-    commit_ramp: float = 1.0       # ledger: b_c starts at −4 + 8 (s / last) ** this; the larger, the later commits begin: at 64 C starts as the last D
-    bf16_streams: bool = False     # True: streams are kept in bfloat16; False: in the parameters' precision
+    decode_gamma: float = (
+        0.0  # ledger: γ, how much of D is decoded beside C; 1 turns a closed ledger into the baseline
+    )
+    commit_ramp: float = 1.0  # ledger: b_c starts at −4 + 8 (s / last) ** this; the larger, the later commits begin: at 64 C starts as the last D
+    bf16_streams: bool = False  # True: streams are kept in bfloat16; False: in the parameters' precision
 
     def __post_init__(self):
         for field in fields(self):
@@ -58,7 +53,9 @@ class GPTConfig:
         if self.residual not in RESIDUALS:
             raise UserError(f"residual is '{self.residual}': expected one of {', '.join(RESIDUALS)}")
         if self.n_embd % self.n_head:
-            raise UserError(f'n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}: every head has n_embd / n_head dimensions')
+            raise UserError(
+                f'n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}: every head has n_embd / n_head dimensions'
+            )
         if not 0 <= self.commit_sparsity < math.inf:
             raise UserError(f'commit_sparsity is {self.commit_sparsity}: expected 0 or more')
         if not 0 < self.commit_ramp < math.inf:
@@ -102,7 +99,9 @@ class Attention(nn.Module):
         self.proj = linear(d, d)
         self.q_norm = RMSNorm(d // self.n_head) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(d // self.n_head) if config.qk_norm else nn.Identity()
-        self.bias_k, self.bias_v = (nn.Parameter(torch.zeros(d)) if config.attn_bias_kv else None for _ in 'kv')  # k′, v′ of Sun et al. 2024, §4
+        self.bias_k, self.bias_v = (
+            nn.Parameter(torch.zeros(d)) if config.attn_bias_kv else None for _ in 'kv'
+        )  # k′, v′ of Sun et al. 2024, §4
 
     def heads(self, q, k, v):
         """q, k, v: (B, T, d), the thirds of what self.qkv returns. Returns queries, keys and values, each (B, n_head, T, d / n_head)."""
@@ -114,8 +113,15 @@ class Attention(nn.Module):
         if self.bias_k is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
         zero = torch.zeros_like(self.bias_k)
-        first = (zero, self.bias_k, zero if bias_v is None else bias_v)  # a position before all others; what its query finds is dropped
-        q, k, v = (torch.cat([b.to(x.dtype).view(1, self.n_head, 1, -1).expand(len(x), -1, -1, -1), x], 2) for b, x in zip(first, (q, k, v)))
+        first = (
+            zero,
+            self.bias_k,
+            zero if bias_v is None else bias_v,
+        )  # a position before all others; what its query finds is dropped
+        q, k, v = (
+            torch.cat([b.to(x.dtype).view(1, self.n_head, 1, -1).expand(len(x), -1, -1, -1), x], 2)
+            for b, x in zip(first, (q, k, v))
+        )
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, :, 1:]
 
     def inner(self, q, k, v):
@@ -142,10 +148,12 @@ class MLP(nn.Module):
 
 # ---- Residual operators: one instance a sublayer. To make another: copy a class, change a line, add its name to RESIDUALS.
 
+
 class Baseline(nn.Module):
     """One stream: h ← h + F(RMSNorm(h)); h is decoded."""
+
     streams, decoded = ('h',), 'h'
-    settings = ()                   # keys of GPTConfig that this operator reads; train.py refuses them for the others
+    settings = ()  # keys of GPTConfig that this operator reads; train.py refuses them for the others
 
     def __init__(self, config, s):
         super().__init__()
@@ -186,20 +194,25 @@ class LowRank(nn.Module):
 
 class Ledger(nn.Module):
     """Two streams: D is rewritten by a gated delta rule along the depth, C only ever grows and alone is decoded. Vemula 2026."""
+
     streams, decoded = ('D', 'C'), 'C'
     settings = ('gate_rank', 'commit_sparsity', 'decode_gamma', 'commit_ramp')
 
     def __init__(self, config, s):
         super().__init__()
         d, r, last = config.n_embd, config.gate_rank, 2 * config.n_layer - 1
-        self.read_scale = nn.Parameter(torch.zeros(d))              # λ
-        self.erase_gate = LowRank(d, r, bias=-3.0)                  # U_e V_e, b_e: starts nearly closed
-        self.write_gate = LowRank(d, r, bias=+3.0)                  # U_w V_w, b_w: starts nearly open
-        self.erase_direction = LowRank(d, r, std_U=0.02)            # U_k V_k: a zero direction would have no gradient
-        self.write_map = LowRank(d, r)                              # U_g V_g
-        self.commit_map = LowRank(d, r)                             # U_P V_P
-        self.commit_weight = nn.Parameter(torch.zeros(d))           # w_c: a vector, so that weight decay leaves it alone
-        self.commit_bias = nn.Parameter(torch.tensor([-4.0 + 8.0 * (s / last) ** config.commit_ramp]))  # b_c: early sublayers deliberate, late ones commit
+        self.read_scale = nn.Parameter(torch.zeros(d))  # λ
+        self.erase_gate = LowRank(d, r, bias=-3.0)  # U_e V_e, b_e: starts nearly closed
+        self.write_gate = LowRank(d, r, bias=+3.0)  # U_w V_w, b_w: starts nearly open
+        self.erase_direction = LowRank(d, r, std_U=0.02)  # U_k V_k: a zero direction would have no gradient
+        self.write_map = LowRank(d, r)  # U_g V_g
+        self.commit_map = LowRank(d, r)  # U_P V_P
+        self.commit_weight = nn.Parameter(
+            torch.zeros(d)
+        )  # w_c: a vector, so that weight decay leaves it alone
+        self.commit_bias = nn.Parameter(
+            torch.tensor([-4.0 + 8.0 * (s / last) ** config.commit_ramp])
+        )  # b_c: early sublayers deliberate, late ones commit
 
     @staticmethod
     def start(x):
@@ -218,7 +231,9 @@ class Ledger(nn.Module):
         return D - e * k * (k * D).sum(-1, keepdim=True) + w * (y + self.write_map(y))
 
     def commit(self, D, C, u):
-        c = torch.sigmoid((u * self.commit_weight).sum(-1, keepdim=True) + self.commit_bias)  # a sum, not a product: autocast leaves it alone
+        c = torch.sigmoid(
+            (u * self.commit_weight).sum(-1, keepdim=True) + self.commit_bias
+        )  # a sum, not a product: autocast leaves it alone
         return {'D': D, 'C': C + c * (D + self.commit_map(D))}, c
 
     @staticmethod
@@ -273,7 +288,6 @@ class LossInParts(torch.autograd.Function):
 
 
 class GPT(nn.Module):
-
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -287,7 +301,7 @@ class GPT(nn.Module):
 
     def start(self, idx):
         """idx: (B, T). Returns the streams before the first sublayer, by name."""
-        x = self.tok_emb(idx) + self.pos_emb.weight[:idx.shape[1]]
+        x = self.tok_emb(idx) + self.pos_emb.weight[: idx.shape[1]]
         return RESIDUALS[self.config.residual].start(x.bfloat16() if self.config.bf16_streams else x)
 
     def decode(self, streams):
@@ -303,7 +317,10 @@ class GPT(nn.Module):
         parts = 2 ** math.ceil(math.log2(max(1, len(targets) * V / LOGITS_AT_ONCE)))
         if parts > 1 and torch.is_grad_enabled():
             return LossInParts.apply(x, W, bias, targets, parts) / len(targets)
-        return sum(F.cross_entropy(F.linear(u, W, bias), y, reduction='sum') for u, y in zip(x.chunk(parts), targets.chunk(parts))) / len(targets)
+        return sum(
+            F.cross_entropy(F.linear(u, W, bias), y, reduction='sum')
+            for u, y in zip(x.chunk(parts), targets.chunk(parts))
+        ) / len(targets)
 
     def forward(self, idx, targets=None):
         """idx, targets: (B, T) int64, T at most block_size.
@@ -341,44 +358,8 @@ class GPT(nn.Module):
 def twin(model):
     """Returns a GPT of the same parameters whose parts can be changed without changing those of `model`."""
     other = copy.copy(model)
-    other._modules = {**model._modules, 'sublayers': nn.ModuleList(copy.copy(sublayer) for sublayer in model.sublayers)}
+    other._modules = {
+        **model._modules,
+        'sublayers': nn.ModuleList(copy.copy(sublayer) for sublayer in model.sublayers),
+    }
     return other
-
-
-def load_checkpoint(path):
-    """Returns the dict that train.py saved in `path`; executes nothing that the file may carry, and notices a flipped bit."""
-    try:
-        with open(path, 'rb') as file:  # opened once: a run that is writing its next checkpoint does not change what is read here
-            if zipfile.ZipFile(file).testzip():
-                raise ValueError('a checksum is wrong')
-            file.seek(0)
-            checkpoint = torch.load(file, map_location='cpu', weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f'there is no checkpoint {path}: train one with python train.py config/<arm>_<scale>.py') from None
-    except Exception:  # a damaged file makes zipfile and torch.load raise almost anything
-        raise DamagedCheckpoint(f'{path} is not a whole checkpoint of tensors and plain values, and nothing in it was executed: '
-                                'use ckpt_prev.pt beside it, or train again') from None
-    if not isinstance(checkpoint, dict) or not {'model', 'model_args', 'iter_num', 'config'} <= checkpoint.keys():
-        raise DamagedCheckpoint(f'{path} was not written by this train.py: model, model_args, iter_num or config is missing from it')
-    try:
-        size = {key: checkpoint['model_args'][key] for key in ('residual', 'vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd')}
-        checkpoint['model_args'] = asdict(GPTConfig(**{**checkpoint['model_args'], **size}))
-        checkpoint['config']['dataset'] + ''  # is text
-    except (UserError, TypeError, KeyError) as error:
-        raise DamagedCheckpoint(f'{path} holds another model than this model.py builds: {error}') from None
-    return checkpoint
-
-
-def build_model(checkpoint, path, **overrides):
-    """Returns the GPT of a checkpoint, in eval mode on the CPU. overrides: keys of GPTConfig to change."""
-    try:
-        with torch.device('meta'):  # no weights are drawn that the checkpoint replaces
-            model = GPT(GPTConfig(**{**checkpoint['model_args'], **overrides}))
-        model.load_state_dict(dict(checkpoint['model']), assign=True)  # a copy: PyTorch notes `assign` in the dict, and the next to load it would assign too
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = ' '.join(str(error).split())[:120]
-        raise DamagedCheckpoint(f'{path} holds another model than this model.py builds: {reason}') from None
-    for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            raise DamagedCheckpoint(f'{path} has weights that are not finite, first in {name}: use an earlier checkpoint')
-    return model.float().eval()

@@ -12,7 +12,7 @@ block_size = 1024
 dataset = 'fineweb_edu'
 
 batch_size = 24
-max_iters = 14000           # 344M tokens
+max_iters = 14000  # 344M tokens
 lr = 3e-4
 warmup_iters = 300
-eval_interval = 1000        # the measurement costs under 2% of the time
+eval_interval = 1000  # the measurement costs under 2% of the time

@@ -8,14 +8,14 @@ n_head = 4
 n_embd = 128
 block_size = 128
 
-dataset = 'pysource_demo'   # bytes of Python's standard library; train.py makes it
+dataset = 'pysource_demo'  # bytes of Python's standard library; train.py makes it
 
 batch_size = 8
 max_iters = 1200
-lr = 3e-3                   # a small model bears a larger one
+lr = 3e-3  # a small model bears a larger one
 warmup_iters = 100
-beta2 = 0.99                # a short run wants a short memory
+beta2 = 0.99  # a short run wants a short memory
 eval_interval = 300
 eval_sequences = 128
 ckpt_interval = 600
-compile = False             # it would take longer than it saves
+compile = False  # it would take longer than it saves

@@ -12,34 +12,85 @@ What a window begins in is not known either: code, a string, a comment? Each is 
 - Words are joined across tokens before they are looked up; one that the window's edge cuts is looked up as it stands.
 - A string is a string from its prefix to its last quote, the expressions of an f-string included.
 """
+
 import keyword
 import re
 from pathlib import Path
 
 import numpy as np
 
-from model import UserError
+from data.loader import UserError
 
-CLASSES = {'python': ('keyword', 'operator', 'name', 'number', 'string', 'comment', 'white space', 'line end', 'end of text'),
-           'english': ('function word', 'content word', 'punctuation', 'number', 'white space', 'line end', 'end of text')}
+CLASSES = {
+    'python': (
+        'keyword',
+        'operator',
+        'name',
+        'number',
+        'string',
+        'comment',
+        'white space',
+        'line end',
+        'end of text',
+    ),
+    'english': (
+        'function word',
+        'content word',
+        'punctuation',
+        'number',
+        'white space',
+        'line end',
+        'end of text',
+    ),
+}
 CODE, STRING, COMMENT = range(3)  # what structure's 'inside' says
 
 KEYWORD, OPERATOR, NAME, NUMBER, STRING_LITERAL, COMMENT_TEXT, BLANK = range(7)  # places in CLASSES['python']
-PYTHON = re.compile(r'''(?P<blank>[^\S\n]+|\\\r?\n)|(?P<newline>\n)|(?P<comment>\#[^\n]*)
+PYTHON = re.compile(
+    r'''(?P<blank>[^\S\n]+|\\\r?\n)|(?P<newline>\n)|(?P<comment>\#[^\n]*)
     |(?i:[rbuft]|[bft]r|r[bft])?(?P<quote>\'\'\'|"""|'|")
     |(?P<number>(?:0[xX][\da-fA-F_]+|0[bBoO][\d_]+|(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:[eE][+-]?\d[\d_]*)?)[jJ]?)
-    |(?P<name>[^\W\d]\w*)|(?P<operator>[\s\S])''', re.VERBOSE)
-REST = {'#': re.compile(r'[^\n]*'),  # what follows once a comment or a string has begun; a string that its line does not end, ends with it
-        **{quote: re.compile(rf'(?:[^\\\n{quote}]|\\[\s\S])*(?P<end>{quote})?') for quote in '\'"'},
-        **{quote * 3: re.compile(rf'(?:[^\\]|\\[\s\S]|\\\Z)*?(?:(?P<end>{quote * 3})|\Z)') for quote in '\'"'}}
-STATEMENTS = {'assert', 'break', 'class', 'continue', 'def', 'del', 'elif', 'except', 'finally', 'global', 'import', 'nonlocal', 'pass',
-              'raise', 'return', 'try', 'while', 'with'}  # where a line begins with one of them, no bracket is open
-CODE_LINE = re.compile(r'(?!.*>>>).*[=(\[{]|\s*(class|def|elif|else|except|finally|for|from|if|import|pass|return|try|while|with)\b')
+    |(?P<name>[^\W\d]\w*)|(?P<operator>[\s\S])''',
+    re.VERBOSE,
+)
+REST = {
+    '#': re.compile(
+        r'[^\n]*'
+    ),  # what follows once a comment or a string has begun; a string that its line does not end, ends with it
+    **{quote: re.compile(rf'(?:[^\\\n{quote}]|\\[\s\S])*(?P<end>{quote})?') for quote in '\'"'},
+    **{quote * 3: re.compile(rf'(?:[^\\]|\\[\s\S]|\\\Z)*?(?:(?P<end>{quote * 3})|\Z)') for quote in '\'"'},
+}
+STATEMENTS = {
+    'assert',
+    'break',
+    'class',
+    'continue',
+    'def',
+    'del',
+    'elif',
+    'except',
+    'finally',
+    'global',
+    'import',
+    'nonlocal',
+    'pass',
+    'raise',
+    'return',
+    'try',
+    'while',
+    'with',
+}  # where a line begins with one of them, no bracket is open
+CODE_LINE = re.compile(
+    r'(?!.*>>>).*[=(\[{]|\s*(class|def|elif|else|except|finally|for|from|if|import|pass|return|try|while|with)\b'
+)
 SOFT_KEYWORDS = {'case', 'match', 'type'}  # names, by keyword.iskeyword; a second name may follow
 
-ENGLISH = re.compile(r"(?P<word>[^\W\d_]+(?:['’][^\W\d_]+)*)|(?P<number>\d+(?:[.,]\d+)*\w*)|\s+|(?P<punctuation>[^\w\s]+|_)")
-SENTENCE_END = re.compile(r'''[.!?]["'”’)\]]*(?=\s)|\n''')  # abbreviations count too
-FUNCTION_WORDS = set('''
+ENGLISH = re.compile(
+    r"(?P<word>[^\W\d_]+(?:['’][^\W\d_]+)*)|(?P<number>\d+(?:[.,]\d+)*\w*)|\s+|(?P<punctuation>[^\w\s]+|_)"
+)
+SENTENCE_END = re.compile(r"""[.!?]["'”’)\]]*(?=\s)|\n""")  # abbreviations count too
+FUNCTION_WORDS = set(
+    """
     a an the this that these those some any no every each either neither all both half such another other others much many more most few fewer
     little less least several enough own same
     i me my mine myself we us our ours ourselves you your yours yourself yourselves he him his himself she her hers herself it its itself they them
@@ -52,7 +103,8 @@ FUNCTION_WORDS = set('''
     can't won't shan't ain't cannot
     and but or nor so yet if unless because although though while whereas whether than when whenever where wherever why how lest once
     not too very also only just even ever never still already again then thus hence quite rather almost perhaps however therefore else
-    '''.split())
+    """.split()
+)
 
 
 def language_of(dataset):
@@ -77,7 +129,10 @@ def read_python(text, begins_in='', anchored=True):
     Returns its Reading. A line costs 1 if it has two names side by side, a character that Python has no use for, or a string that its line
     should have ended; or if it lies in a string of several lines and could well be code."""
     spans, at, depth, line, odd = [], 0, 0, 0, set()
-    before, fresh = None, False  # the token before if it is a name, number or string; is this the first of its line?
+    before, fresh = (
+        None,
+        False,
+    )  # the token before if it is a name, number or string; is this the first of its line?
 
     def close(kind, inside, match):
         nonlocal at
@@ -92,10 +147,16 @@ def read_python(text, begins_in='', anchored=True):
     while at < len(text) or quote:
         if quote:
             first, match = at, REST[quote].match(text, at)
-            close(COMMENT_TEXT if quote == '#' else STRING_LITERAL, COMMENT if quote == '#' else STRING, match)
+            close(
+                COMMENT_TEXT if quote == '#' else STRING_LITERAL, COMMENT if quote == '#' else STRING, match
+            )
             inner = text[first:at].split('\n')
             if len(quote) == 3:
-                odd |= {line + i for i, part in enumerate(inner[1:-1], 1) if CODE_LINE.match(part) and not read_python(part).cost}
+                odd |= {
+                    line + i
+                    for i, part in enumerate(inner[1:-1], 1)
+                    if CODE_LINE.match(part) and not read_python(part).cost
+                }
             elif quote != '#' and not match['end'] and at < len(text):
                 odd.add(line)
             before, fresh, line, quote = STRING_LITERAL, False, line + len(inner) - 1, ''
@@ -116,7 +177,7 @@ def read_python(text, begins_in='', anchored=True):
             close(BLANK, CODE, match)
             before, fresh, line = None, True, line + 1
         elif match['operator']:
-            if piece in '?$`\\' or piece == '!' and text[at + 1:at + 2] != '=' or piece > '\x7f':
+            if piece in '?$`\\' or piece == '!' and text[at + 1 : at + 2] != '=' or piece > '\x7f':
                 odd.add(line)
             close(OPERATOR, CODE, match)
             depth += (piece in '([{') - (piece in ')]}' and (depth > 0 or not anchored))
@@ -140,13 +201,19 @@ def read_python(text, begins_in='', anchored=True):
 
 def read_python_from_anywhere(text):
     """Returns the most plausible Reading of a text whose beginning is not known; the first of equals."""
-    readings = (read_python(text, begins_in, anchored=False) for begins_in in ('', "'", '"', '#', '"""', "'''"))
+    readings = (
+        read_python(text, begins_in, anchored=False) for begins_in in ('', "'", '"', '#', '"""', "'''")
+    )
     return min(readings, key=lambda reading: reading.cost)
 
 
 def is_function_word(word):
     word = word.lower().replace('’', "'")
-    return word in FUNCTION_WORDS or word.removesuffix("n't") in FUNCTION_WORDS or word.split("'")[0] in FUNCTION_WORDS
+    return (
+        word in FUNCTION_WORDS
+        or word.removesuffix("n't") in FUNCTION_WORDS
+        or word.split("'")[0] in FUNCTION_WORDS
+    )
 
 
 def read_english(text):
@@ -154,8 +221,15 @@ def read_english(text):
     spans, at = [], 0
     names = CLASSES['english']
     for match in ENGLISH.finditer(text):
-        kind = ('function word' if is_function_word(match['word']) else 'content word') if match['word'] else \
-            'number' if match['number'] else 'punctuation' if match['punctuation'] else 'white space'
+        kind = (
+            ('function word' if is_function_word(match['word']) else 'content word')
+            if match['word']
+            else 'number'
+            if match['number']
+            else 'punctuation'
+            if match['punctuation']
+            else 'white space'
+        )
         spans.append((match.end() - at, names.index(kind), CODE, 0))
         at = match.end()
     return Reading(spans, 0)
@@ -170,20 +244,34 @@ def read_window(ids, encoding, language):
     try:
         pieces = [b'' if i == encoding.eot_token else encoding.decode_single_token_bytes(i) for i in ids]
     except KeyError as error:
-        raise UserError(f'token id {error.args[0]} is not one of the tokenizer {encoding.name}: the data were made with another') from None
+        raise UserError(
+            f'token id {error.args[0]} is not one of the tokenizer {encoding.name}: the data were made with another'
+        ) from None
     cuts = [-1, *(i for i, token in enumerate(ids) if token == encoding.eot_token), len(ids)]
     columns = []
     for i, (low, high) in enumerate(zip(cuts, cuts[1:])):
-        text = b''.join(pieces[low + 1:high]).decode('utf-8', 'surrogateescape')  # a character cut by the window's edge stays apart
+        text = b''.join(pieces[low + 1 : high]).decode(
+            'utf-8', 'surrogateescape'
+        )  # a character cut by the window's edge stays apart
         if language == 'english':
             reading, ends = read_english(text), [match.end() - 1 for match in SENTENCE_END.finditer(text)]
         else:
-            reading, ends = read_python(text) if i else read_python_from_anywhere(text), [i for i, c in enumerate(text) if c == '\n']
+            reading, ends = (
+                read_python(text) if i else read_python_from_anywhere(text),
+                [i for i, c in enumerate(text) if c == '\n'],
+            )
         boundary = np.zeros(len(text), dtype=bool)
         boundary[ends] = True
         blank = np.array([c.isspace() for c in text], dtype=bool)
-        width = 1 if text.isascii() else np.array([len(c.encode('utf-8', 'surrogateescape')) for c in text])  # in bytes
-        columns.append([np.repeat(column, width) for column in (reading.kind, reading.inside, reading.depth, blank, boundary)])
+        width = (
+            1 if text.isascii() else np.array([len(c.encode('utf-8', 'surrogateescape')) for c in text])
+        )  # in bytes
+        columns.append(
+            [
+                np.repeat(column, width)
+                for column in (reading.kind, reading.inside, reading.depth, blank, boundary)
+            ]
+        )
     first = np.cumsum([0, *map(len, pieces)])
     return *(np.concatenate(column) for column in zip(*columns)), first, np.array(ids) == encoding.eot_token
 
@@ -199,7 +287,9 @@ def classify(ids, encoding, language):
     """ids: (T,) token ids of one window. Returns (T,) int64: the place of each token's class in CLASSES[language]."""
     kind, _, _, blank, boundary, first, end_of_text = read_window(ids, encoding, language)
     index, place = CLASSES[language].index, first_true(~blank, first)
-    blanks = np.where(first_true(boundary, first) < 0, index('white space'), index('line end'))  # the only boundary among blanks is a line end
+    blanks = np.where(
+        first_true(boundary, first) < 0, index('white space'), index('line end')
+    )  # the only boundary among blanks is a line end
     return np.where(end_of_text, index('end of text'), np.where(place < 0, blanks, np.append(kind, 0)[place]))
 
 
@@ -224,4 +314,9 @@ def structure(ids, encoding, language='python'):
     place = first_true(~blank, first)
     place = np.where(place < 0, first[:-1], place)
     depth, inside = (np.where(end_of_text, 0, np.append(column, 0)[place]) for column in (depth, inside))
-    return {'line_start': line_start, 'bracket_depth': np.minimum(depth, 3), 'inside': inside, 'since_line': since_line}
+    return {
+        'line_start': line_start,
+        'bracket_depth': np.minimum(depth, 3),
+        'inside': inside,
+        'since_line': since_line,
+    }

@@ -6,6 +6,7 @@ Token files: from `data/<name>/{train,val}.bin` and `meta.json` to batches.
 - Which windows a training step sees is a pure function of (seed, step, index of the sequence in the batch).
 - Windows are read with os.pread, not mapped: a file cut short under a running job ends in a sentence, not in a signal.
 """
+
 import json
 import os
 from bisect import bisect_right
@@ -16,11 +17,21 @@ import numpy as np
 import tiktoken
 import torch
 
-from model import UserError
+
+class UserError(Exception):
+    """A mistake that the person at the keyboard can mend: every main() prints it as one sentence, without a traceback."""
+
 
 END_OF_TEXT = '<|endoftext|>'
-GPT2_META = {'tokenizer': 'gpt2', 'vocab_size': 50257, 'eot': 50256}  # what a set without meta.json is taken to be
-SHARD_MAGIC, SHARD_HEADER = 20240520, 1024  # a shard begins with 256 little-endian int32: magic, version 1, token count, zeros; ids follow
+GPT2_META = {
+    'tokenizer': 'gpt2',
+    'vocab_size': 50257,
+    'eot': 50256,
+}  # what a set without meta.json is taken to be
+SHARD_MAGIC, SHARD_HEADER = (
+    20240520,
+    1024,
+)  # a shard begins with 256 little-endian int32: magic, version 1, token count, zeros; ids follow
 
 
 def dataset_folder(name):
@@ -31,42 +42,61 @@ def dataset_folder(name):
 def prepare_command(folder):
     """What makes the dataset in `folder`, as far as it is known here."""
     known = sorted(str(script) for script in Path(__file__).parent.glob('*/prepare.py'))
-    return next((f'python {script}' for script in known if Path(script).parent == folder), 'one of ' + ', '.join(f'python {script}' for script in known))
+    return next(
+        (f'python {script}' for script in known if Path(script).parent == folder),
+        'one of ' + ', '.join(f'python {script}' for script in known),
+    )
 
 
 def read_meta(folder):
     """Returns the dict in meta.json with at least tokenizer, vocab_size and eot, or GPT-2's where there is no such file."""
     path = Path(folder) / 'meta.json'
     if not path.exists() and (Path(folder) / 'meta.pkl').exists():
-        raise UserError(f"{folder} is a character set of nanoGPT's: its meta.pkl could run any program, so it is never unpickled; "
-                        f"make the set again from its text with python {Path(__file__).parent / 'text' / 'prepare.py'} input.txt --tokenizer=bytes")
+        raise UserError(
+            f"{folder} is a character set of nanoGPT's: its meta.pkl could run any program, so it is never unpickled; "
+            f'make the set again from its text with python {Path(__file__).parent / "text" / "prepare.py"} input.txt --tokenizer=bytes'
+        )
     try:
         meta = json.loads(path.read_text())
         missing = [key for key in GPT2_META if key not in meta]
         if missing:
-            raise UserError(f"{path} lacks {', '.join(missing)}: make the dataset again with its prepare.py")
+            raise UserError(f'{path} lacks {", ".join(missing)}: make the dataset again with its prepare.py')
         if type(meta['vocab_size']) is not int or not 2 <= meta['vocab_size'] <= 65536:
-            raise UserError(f"{path}: vocab_size is {meta['vocab_size']!r}, expected a whole number from 2 to 65536 (ids are uint16)")
+            raise UserError(
+                f'{path}: vocab_size is {meta["vocab_size"]!r}, expected a whole number from 2 to 65536 (ids are uint16)'
+            )
         if type(meta['eot']) is not int or not 0 <= meta['eot'] < meta['vocab_size']:
-            raise UserError(f"{path}: eot is {meta['eot']!r}, expected a token id below vocab_size = {meta['vocab_size']}")
+            raise UserError(
+                f'{path}: eot is {meta["eot"]!r}, expected a token id below vocab_size = {meta["vocab_size"]}'
+            )
         return meta
     except FileNotFoundError:
         return dict(GPT2_META)
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f'{path} is not readable as JSON ({error}): make the dataset again with its prepare.py') from None
+        raise UserError(
+            f'{path} is not readable as JSON ({error}): make the dataset again with its prepare.py'
+        ) from None
 
 
 def encoding(tokenizer):
     """The tiktoken.Encoding named 'gpt2', or 'bytes': ids 0 … 255 are the bytes of UTF-8, 256 is the end of text."""
     if tokenizer == 'bytes':
-        return tiktoken.Encoding('bytes', pat_str=r'[\s\S]', mergeable_ranks={bytes([i]): i for i in range(256)},
-                                 special_tokens={END_OF_TEXT: 256})
+        return tiktoken.Encoding(
+            'bytes',
+            pat_str=r'[\s\S]',
+            mergeable_ranks={bytes([i]): i for i in range(256)},
+            special_tokens={END_OF_TEXT: 256},
+        )
     if tokenizer == 'gpt2':
         try:
             return tiktoken.get_encoding('gpt2')
-        except Exception as error:  # tiktoken downloads the BPE files, and raises whatever its HTTP library raised
-            raise UserError(f"GPT-2's BPE files are not at hand ({type(error).__name__}): connect once, point TIKTOKEN_CACHE_DIR to a folder that has them, "
-                            'or prepare the data with --tokenizer=bytes') from None
+        except (
+            Exception
+        ) as error:  # tiktoken downloads the BPE files, and raises whatever its HTTP library raised
+            raise UserError(
+                f"GPT-2's BPE files are not at hand ({type(error).__name__}): connect once, point TIKTOKEN_CACHE_DIR to a folder that has them, "
+                'or prepare the data with --tokenizer=bytes'
+            ) from None
     raise UserError(f"unknown tokenizer '{tokenizer}': expected gpt2 or bytes")
 
 
@@ -100,7 +130,11 @@ def shard_tokens(head):
 
 def shards_of(folder, split):
     """Returns the files *train*.bin or *val*.bin of a folder, sorted; of a name that holds both words, the last counts: retrieval_train_1.bin."""
-    return [path for path in sorted(Path(folder).glob(f'*{split}*.bin')) if path.name.rfind(split) == max(map(path.name.rfind, ('train', 'val')))]
+    return [
+        path
+        for path in sorted(Path(folder).glob(f'*{split}*.bin'))
+        if path.name.rfind(split) == max(map(path.name.rfind, ('train', 'val')))
+    ]
 
 
 class Tokens:
@@ -110,7 +144,9 @@ class Tokens:
         self.path = Path(folder) / f'{split}.bin'
         self.block_size, self.vocab_size = block_size, vocab_size
         self.paths = [self.path] if self.path.exists() else shards_of(folder, split) or [self.path]
-        self.fds, self.offsets, lengths = zip(*map(self.open, self.paths))  # an offset is the byte at which a file's ids begin
+        self.fds, self.offsets, lengths = zip(
+            *map(self.open, self.paths)
+        )  # an offset is the byte at which a file's ids begin
         self.lengths = np.array(lengths)
         self.ends = self.lengths.cumsum().tolist()
         self.length = self.ends[-1]
@@ -119,19 +155,32 @@ class Tokens:
         """Returns the file descriptor, where in the file the ids begin, and how many there are."""
         try:
             fd = os.open(path, os.O_RDONLY)
-            size, promised = os.fstat(fd).st_size, shard_tokens(os.pread(fd, SHARD_HEADER, 0))  # a folder can be opened, but not read
+            size, promised = (
+                os.fstat(fd).st_size,
+                shard_tokens(os.pread(fd, SHARD_HEADER, 0)),
+            )  # a folder can be opened, but not read
         except OSError as error:
-            raise UserError(f'cannot read {path} ({error.strerror}): make it with {prepare_command(path.parent)}') from None
+            raise UserError(
+                f'cannot read {path} ({error.strerror}): make it with {prepare_command(path.parent)}'
+            ) from None
         if promised is None and path != self.path:
-            raise UserError(f'{path} does not begin like a shard (magic number {SHARD_MAGIC}, version 1): without a header, a split is one file, {self.path}')
+            raise UserError(
+                f'{path} does not begin like a shard (magic number {SHARD_MAGIC}, version 1): without a header, a split is one file, {self.path}'
+            )
         if promised is not None and size != SHARD_HEADER + 2 * promised:
-            raise UserError(f'{path} has {size:,} bytes, but its header promises {promised:,} tokens, which take {SHARD_HEADER + 2 * promised:,}: get it again')
+            raise UserError(
+                f'{path} has {size:,} bytes, but its header promises {promised:,} tokens, which take {SHARD_HEADER + 2 * promised:,}: get it again'
+            )
         if size % 2:
-            raise UserError(f'{path} has an odd number of bytes ({size}): it is cut short or not a file of uint16 token ids')
+            raise UserError(
+                f'{path} has an odd number of bytes ({size}): it is cut short or not a file of uint16 token ids'
+            )
         offset = 0 if promised is None else SHARD_HEADER
         length = (size - offset) // 2
         if length <= self.block_size:
-            raise UserError(f'{path} holds {length} tokens, fewer than the {self.block_size + 1} that one window of block_size = {self.block_size} needs')
+            raise UserError(
+                f'{path} holds {length} tokens, fewer than the {self.block_size + 1} that one window of block_size = {self.block_size} needs'
+            )
         return fd, offset, length
 
     def close(self):
@@ -161,19 +210,30 @@ class Tokens:
         """starts: (B,) token positions. Returns inputs and targets, each (B, block_size) int64; targets are the inputs' next tokens."""
         tokens = np.empty((len(starts), self.block_size + 1), dtype='<u2')
         places = [self.locate(start) for start in starts]
-        for i, start in places if hasattr(os, 'posix_fadvise') else ():  # the disk looks for all of them at once
-            os.posix_fadvise(self.fds[i], self.offsets[i] + 2 * start, tokens.itemsize * tokens.shape[1], os.POSIX_FADV_WILLNEED)
+        for i, start in (
+            places if hasattr(os, 'posix_fadvise') else ()
+        ):  # the disk looks for all of them at once
+            os.posix_fadvise(
+                self.fds[i],
+                self.offsets[i] + 2 * start,
+                tokens.itemsize * tokens.shape[1],
+                os.POSIX_FADV_WILLNEED,
+            )
         for row, (i, start) in zip(tokens, places):
             data = os.pread(self.fds[i], row.nbytes, self.offsets[i] + 2 * start)
             if len(data) != row.nbytes:
-                raise UserError(f'{self.paths[i]} ends at token {start + len(data) // 2} although it held {self.lengths[i]} when it was opened: '
-                                'it was cut short under this run')
+                raise UserError(
+                    f'{self.paths[i]} ends at token {start + len(data) // 2} although it held {self.lengths[i]} when it was opened: '
+                    'it was cut short under this run'
+                )
             row[:] = np.frombuffer(data, dtype='<u2')
         if tokens.max(initial=0) >= self.vocab_size:
             row, column = np.argwhere(tokens >= self.vocab_size)[0]
             i, start = places[row]
-            raise UserError(f'{self.paths[i]} holds token id {tokens[row, column]} at position {start + column}, beyond the vocabulary of {self.vocab_size}: '
-                            'it was made with another tokenizer, or is not little-endian uint16')
+            raise UserError(
+                f'{self.paths[i]} holds token id {tokens[row, column]} at position {start + column}, beyond the vocabulary of {self.vocab_size}: '
+                'it was made with another tokenizer, or is not little-endian uint16'
+            )
         tokens = torch.from_numpy(tokens.astype(np.int64))
         return tokens[:, :-1], tokens[:, 1:]
 

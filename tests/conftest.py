@@ -1,19 +1,19 @@
 """What every test shares: the import path, the `gpu` and `slow` markers, and GPT-2's BPE files if they are at hand."""
-import os
-import sys
+
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 torch.set_num_threads(2)
 
 
 def pytest_addoption(parser):
     parser.addoption('--slow', action='store_true', help='also run the tests marked slow')
-    parser.addoption('--runs', type=int, default=3, help='how often the kill test kills its run (default 3; 50 by hand)')
+    parser.addoption(
+        '--runs', type=int, default=3, help='how often the kill test kills its run (default 3; 50 by hand)'
+    )
 
 
 def pytest_configure(config):

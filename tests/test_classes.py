@@ -1,4 +1,5 @@
 """The specification of data/classes.py: lines labelled by hand, byte by byte and in GPT-2's tokens, and whole files against the standard library's tokenize."""
+
 import importlib.util
 import keyword
 import tokenize
@@ -7,14 +8,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_data import needs_gpt2
 
 from data.classes import CLASSES, FUNCTION_WORDS, classify, language_of, structure
 from data.loader import UserError, encoding
-from test_data import needs_gpt2
 
 BYTES, EOT = encoding('bytes'), 256
-LETTER = {'k': 'keyword', 'o': 'operator', 'n': 'name', '1': 'number', 's': 'string', 'c': 'comment', '.': 'white space', '/': 'line end', 'e': 'end of text',
-          'f': 'function word', 'w': 'content word', 'p': 'punctuation'}
+LETTER = {
+    'k': 'keyword',
+    'o': 'operator',
+    'n': 'name',
+    '1': 'number',
+    's': 'string',
+    'c': 'comment',
+    '.': 'white space',
+    '/': 'line end',
+    'e': 'end of text',
+    'f': 'function word',
+    'w': 'content word',
+    'p': 'punctuation',
+}
 
 
 def ids_of(text):
@@ -28,38 +41,104 @@ def letters(classes, language):
     return ''.join(inverse[CLASSES[language][c]] for c in classes)
 
 
-@pytest.mark.parametrize('text, expected', [
-    ('if x1 >= 0x1F: # why\n',         'kk.nn.oo.1111o.c.ccc/'),
-    ('def f(a, b=1.5e-3):\n',          'kkk.nono.no111111oo/'),
-    ('x = rb"a b" + f\'{y}\'\n',       'n.o.ssss.ss.o.ssssss/'),
-    ('lambda: None if _ else 2j\n',    'kkkkkko.kkkk.kk.n.kkkk.11/'),
-    ('match x.y[-1]: pass\n',          'nnnnn.nonoo1oo.kkkk/'),
-    ('s = """a\n  b"""\n',             'n.o.ssss/..ssss/'),
-    ("t = 'it\\'s' 'two'\n",           'n.o.sssssss.sssss/'),
-    ('α = "β" # γ\n',                  'nn.o.ssss.c.cc/'),
-    ('a = 1 + \\\n    2\n',            'n.o.1.o../....1/'),
-    ('@d\nasync def g(): ...\n',       'on/kkkkk.kkk.nooo.ooo/')])
+@pytest.mark.parametrize(
+    'text, expected',
+    [
+        ('if x1 >= 0x1F: # why\n', 'kk.nn.oo.1111o.c.ccc/'),
+        ('def f(a, b=1.5e-3):\n', 'kkk.nono.no111111oo/'),
+        ('x = rb"a b" + f\'{y}\'\n', 'n.o.ssss.ss.o.ssssss/'),
+        ('lambda: None if _ else 2j\n', 'kkkkkko.kkkk.kk.n.kkkk.11/'),
+        ('match x.y[-1]: pass\n', 'nnnnn.nonoo1oo.kkkk/'),
+        ('s = """a\n  b"""\n', 'n.o.ssss/..ssss/'),
+        ("t = 'it\\'s' 'two'\n", 'n.o.sssssss.sssss/'),
+        ('α = "β" # γ\n', 'nn.o.ssss.c.cc/'),
+        ('a = 1 + \\\n    2\n', 'n.o.1.o../....1/'),
+        ('@d\nasync def g(): ...\n', 'on/kkkkk.kkk.nooo.ooo/'),
+    ],
+)
 def test_python_lines_labelled_by_hand(text, expected):
     assert letters(classify(ids_of('⏹' + text)[1:], BYTES, 'python'), 'python') == expected
 
 
-@pytest.mark.parametrize('text, expected', [
-    ("The cat, isn't it?\n",            'fff.wwwp.fffff.ffp/'),
-    ('He paid $1,000.50 in 1999.',      'ff.wwww.p11111111.ff.1111p'),
-    ("It's we've Kim's",             'ffff.fffff.wwwww'),
-    ('“Don’t,” said O\'Neil’s dog',     'ppp' + 'f' * 7 + 'pppp.wwww.wwwwwwwwww.www'),
-    ('café_naïve 3rd A.I.\n\n',         'wwwwwpwwwwww.111.fpfp//')])
+@pytest.mark.parametrize(
+    'text, expected',
+    [
+        ("The cat, isn't it?\n", 'fff.wwwp.fffff.ffp/'),
+        ('He paid $1,000.50 in 1999.', 'ff.wwww.p11111111.ff.1111p'),
+        ("It's we've Kim's", 'ffff.fffff.wwwww'),
+        ("“Don’t,” said O'Neil’s dog", 'ppp' + 'f' * 7 + 'pppp.wwww.wwwwwwwwww.www'),
+        ('café_naïve 3rd A.I.\n\n', 'wwwwwpwwwwww.111.fpfp//'),
+    ],
+)
 def test_english_lines_labelled_by_hand(text, expected):
     assert letters(classify(ids_of(text), BYTES, 'english'), 'english') == expected
 
 
 @needs_gpt2
-@pytest.mark.parametrize('language, tokens', [
-    ('python', [('def', 'k'), (' run', 'n'), ('_', 'n'), ('all', 'n'), ('(', 'o'), ('self', 'n'), ('):', 'o'), ('\n', '/')]),
-    ('python', [('print', 'n'), ('("', 'o'), ('hello', 's'), (' world', 's'), ('")', 's'), ('\n', '/')]),       # straddles: the first byte counts
-    ('python', [('x', 'n'), (' =', 'o'), (' not', 'k'), (' y', 'n'), (' ', '.'), (' ', '.'), (' #', 'c'), (' not', 'c'), (' in', 'c')]),
-    ('english', [('She', 'f'), (' was', 'f'), (' un', 'w'), ('for', 'w'), ('getting', 'w'), ('ly', 'w'), (',', 'p'), (' in', 'f'), (' 1984', '1'), ('.', 'p')]),
-    ('english', [('I', 'f'), (' don', 'f'), ("'t", 'f'), (' like', 'f'), (' The', 'w'), ('odore', 'w'), ("'s", 'w'), (' hat', 'w')])])
+@pytest.mark.parametrize(
+    'language, tokens',
+    [
+        (
+            'python',
+            [
+                ('def', 'k'),
+                (' run', 'n'),
+                ('_', 'n'),
+                ('all', 'n'),
+                ('(', 'o'),
+                ('self', 'n'),
+                ('):', 'o'),
+                ('\n', '/'),
+            ],
+        ),
+        (
+            'python',
+            [('print', 'n'), ('("', 'o'), ('hello', 's'), (' world', 's'), ('")', 's'), ('\n', '/')],
+        ),  # straddles: the first byte counts
+        (
+            'python',
+            [
+                ('x', 'n'),
+                (' =', 'o'),
+                (' not', 'k'),
+                (' y', 'n'),
+                (' ', '.'),
+                (' ', '.'),
+                (' #', 'c'),
+                (' not', 'c'),
+                (' in', 'c'),
+            ],
+        ),
+        (
+            'english',
+            [
+                ('She', 'f'),
+                (' was', 'f'),
+                (' un', 'w'),
+                ('for', 'w'),
+                ('getting', 'w'),
+                ('ly', 'w'),
+                (',', 'p'),
+                (' in', 'f'),
+                (' 1984', '1'),
+                ('.', 'p'),
+            ],
+        ),
+        (
+            'english',
+            [
+                ('I', 'f'),
+                (' don', 'f'),
+                ("'t", 'f'),
+                (' like', 'f'),
+                (' The', 'w'),
+                ('odore', 'w'),
+                ("'s", 'w'),
+                (' hat', 'w'),
+            ],
+        ),
+    ],
+)
 def test_gpt2_tokens_labelled_by_hand(language, tokens):
     bpe = encoding('gpt2')
     ids = [bpe.encode_single_token(text) for text, _ in tokens]
@@ -69,15 +148,22 @@ def test_gpt2_tokens_labelled_by_hand(language, tokens):
 def by_tokenize(text):
     """Returns the class of each character by tokenize, None for those that are in no token or that are blank. An f-string is one string: Python 3.12 takes it apart."""
     lines, classes, begun = [0, *np.cumsum([len(line) for line in StringIO(text)])], [None] * len(text), []
-    kinds = {tokenize.OP: 'operator', tokenize.NUMBER: 'number', tokenize.STRING: 'string', tokenize.COMMENT: 'comment'}
+    kinds = {
+        tokenize.OP: 'operator',
+        tokenize.NUMBER: 'number',
+        tokenize.STRING: 'string',
+        tokenize.COMMENT: 'comment',
+    }
     for token in tokenize.generate_tokens(StringIO(text).readline):
         low, high = (lines[row - 1] + column for row, column in (token.start, token.end))
         name = tokenize.tok_name[token.type]
         if name == 'FSTRING_START':
             begun.append(low)
         if name == 'FSTRING_END':
-            classes[begun[-1]:high] = ['string'] * (high - begun.pop())
-        kind = kinds.get(token.type) or ('keyword' if keyword.iskeyword(token.string) else 'name') * (token.type == tokenize.NAME)
+            classes[begun[-1] : high] = ['string'] * (high - begun.pop())
+        kind = kinds.get(token.type) or ('keyword' if keyword.iskeyword(token.string) else 'name') * (
+            token.type == tokenize.NAME
+        )
         if kind and not begun:
             classes[low:high] = [kind] * (high - low)
     return [None if character.isspace() else kind for character, kind in zip(text, classes)]
@@ -86,8 +172,10 @@ def by_tokenize(text):
 @pytest.fixture(scope='module')
 def modules():
     """Source of the standard library with every kind of string, number and bracket in it."""
-    return [Path(importlib.util.find_spec(name).origin).read_text().encode('ascii', 'replace').decode()
-            for name in ('textwrap', 'shlex', 'fractions', 'colorsys', 'tokenize', 'string', 'csv')]
+    return [
+        Path(importlib.util.find_spec(name).origin).read_text().encode('ascii', 'replace').decode()
+        for name in ('textwrap', 'shlex', 'fractions', 'colorsys', 'tokenize', 'string', 'csv')
+    ]
 
 
 def test_whole_files_are_read_as_tokenize_reads_them(modules):
@@ -103,18 +191,30 @@ def test_a_window_from_the_middle_of_a_file_is_read_as_the_whole_file(modules):
         whole, inside = classify(ids, BYTES, 'python'), structure(ids, BYTES)['inside']
         for start in range(1, len(ids) - 1000, 1709):
             window = slice(start, start + 1000)
-            right.append(((classify(ids[window], BYTES, 'python') == whole[window]) & (structure(ids[window], BYTES)['inside'] == inside[window])).mean())
+            right.append(
+                (
+                    (classify(ids[window], BYTES, 'python') == whole[window])
+                    & (structure(ids[window], BYTES)['inside'] == inside[window])
+                ).mean()
+            )
     assert np.mean(right) > 0.97 and np.mean(np.array(right) == 1) > 0.75
 
 
-@pytest.mark.parametrize('text, expected', [
-    ('lo world")\nx = 1\n',                                      'ss.sssssso/n.o.1/'),   # in a string
-    ('the lazy dog it is\nx = 1\n',                              'ccc.cccc.ccc.cc.cc/n.o.1/'),                            # in a comment
-    ('quick brown fox\nof it all.\n"""\nx = 1\n',                'sssss.sssss.sss/ss.ss.ssss/sss/n.o.1/'),               # in a string of several lines
-    ("quick brown fox\nof it all.\n'''\nx = 1\n",                'sssss.sssss.sss/ss.ss.ssss/sss/n.o.1/'),
-    ('= 1\nmatch x:\n',                                           'o.1/nnnnn.no/'),                                        # in code, with a soft keyword
-    ('urn x + 1\n',                                              'nnn.n.o.1/'),                                           # in a word
-    ('b: 2}, [x])\n',                                            'no.1oo.onoo/')])                                        # in brackets
+@pytest.mark.parametrize(
+    'text, expected',
+    [
+        ('lo world")\nx = 1\n', 'ss.sssssso/n.o.1/'),  # in a string
+        ('the lazy dog it is\nx = 1\n', 'ccc.cccc.ccc.cc.cc/n.o.1/'),  # in a comment
+        (
+            'quick brown fox\nof it all.\n"""\nx = 1\n',
+            'sssss.sssss.sss/ss.ss.ssss/sss/n.o.1/',
+        ),  # in a string of several lines
+        ("quick brown fox\nof it all.\n'''\nx = 1\n", 'sssss.sssss.sss/ss.ss.ssss/sss/n.o.1/'),
+        ('= 1\nmatch x:\n', 'o.1/nnnnn.no/'),  # in code, with a soft keyword
+        ('urn x + 1\n', 'nnn.n.o.1/'),  # in a word
+        ('b: 2}, [x])\n', 'no.1oo.onoo/'),
+    ],
+)  # in brackets
 def test_what_a_window_begins_in_is_told_from_its_lines(text, expected):
     assert letters(classify(ids_of(text), BYTES, 'python'), 'python') == expected
 
@@ -129,7 +229,10 @@ def test_documents_are_read_apart(language):
 
 
 def test_a_document_begins_in_code_however_much_it_looks_like_a_comment():
-    assert letters(classify(ids_of('x⏹the lazy dog it is\n'), BYTES, 'python'), 'python') == 'nennn.nnnn.nnn.nn.kk/'
+    assert (
+        letters(classify(ids_of('x⏹the lazy dog it is\n'), BYTES, 'python'), 'python')
+        == 'nennn.nnnn.nnn.nn.kk/'
+    )
 
 
 def test_a_document_that_ends_in_brackets_leaves_none_open_for_the_next():
@@ -146,14 +249,27 @@ def test_brackets_lines_and_distances_of_a_window_labelled_by_hand():
     found = structure(ids_of('⏹a(b[\n {(c)}])\n\nd'), BYTES)
     assert {name: ''.join(str(int(v)) for v in values) for name, values in found.items()} == {
         #               ⏹a(b[/ {(c)}])//d
-        'line_start':    '01000001000000001',
+        'line_start': '01000001000000001',
         'bracket_depth': '00011222333321000',
-        'inside':        '0' * 17,
-        'since_line':    '00123401234567800'}
+        'inside': '0' * 17,
+        'since_line': '00123401234567800',
+    }
 
 
 def test_closing_brackets_whose_opening_ones_were_not_seen_raise_what_is_before_them():
-    assert structure(ids_of('a, b]) + c\n'), BYTES)['bracket_depth'].tolist() == [2, 2, 2, 2, 2, 1, 0, 0, 0, 0, 0]
+    assert structure(ids_of('a, b]) + c\n'), BYTES)['bracket_depth'].tolist() == [
+        2,
+        2,
+        2,
+        2,
+        2,
+        1,
+        0,
+        0,
+        0,
+        0,
+        0,
+    ]
 
 
 def test_a_closing_bracket_too_many_in_a_whole_document_changes_nothing():
@@ -161,7 +277,19 @@ def test_a_closing_bracket_too_many_in_a_whole_document_changes_nothing():
 
 
 def test_a_statement_closes_brackets_that_were_left_open_by_mistake():
-    assert structure(ids_of('(x\nreturn y'), BYTES)['bracket_depth'].tolist() == [0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0]
+    assert structure(ids_of('(x\nreturn y'), BYTES)['bracket_depth'].tolist() == [
+        0,
+        1,
+        1,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+    ]
 
 
 def test_distance_in_english_counts_from_lines_and_sentences():
@@ -182,7 +310,7 @@ def test_both_tokenizers_give_a_byte_the_same_class_where_a_token_is_all_of_one(
     by_byte, place = classify([EOT, *modules[0].encode()], BYTES, 'python')[1:], 0
     for i, kind in zip(ids, classify([bpe.eot_token, *ids], bpe, 'python')[1:]):
         piece = bpe.decode_single_token_bytes(i)
-        first = next((j for j in range(len(piece)) if not piece[j:j + 1].isspace()), 0)
+        first = next((j for j in range(len(piece)) if not piece[j : j + 1].isspace()), 0)
         assert kind == by_byte[place + first] or piece.isspace()
         place += len(piece)
 
@@ -197,7 +325,11 @@ def test_any_bytes_can_be_read():
     for seed in range(20):
         ids = np.random.default_rng(seed).integers(0, 257, 300)
         for language in CLASSES:
-            assert len(classify(ids, BYTES, language)) == len(structure(ids, BYTES, language)['since_line']) == 300
+            assert (
+                len(classify(ids, BYTES, language))
+                == len(structure(ids, BYTES, language)['since_line'])
+                == 300
+            )
 
 
 def test_the_function_words_are_lower_case_and_closed():
@@ -205,8 +337,18 @@ def test_the_function_words_are_lower_case_and_closed():
     assert not {'dog', 'run', 'good', 'quickly'} & FUNCTION_WORDS
 
 
-@pytest.mark.parametrize('dataset, language', [('pysource', 'python'), ('data/pysource_demo', 'python'), ('fineweb_edu', 'english'), ('pysource/text', 'english'),
-                                              ({'source': 'Python 3.11.7 standard library'}, 'python'), ({'source': 'text'}, 'english'), ({}, 'english')])
+@pytest.mark.parametrize(
+    'dataset, language',
+    [
+        ('pysource', 'python'),
+        ('data/pysource_demo', 'python'),
+        ('fineweb_edu', 'english'),
+        ('pysource/text', 'english'),
+        ({'source': 'Python 3.11.7 standard library'}, 'python'),
+        ({'source': 'text'}, 'english'),
+        ({}, 'english'),
+    ],
+)
 def test_the_language_follows_from_the_dataset(dataset, language):
     assert language_of(dataset) == language
 

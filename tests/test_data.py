@@ -1,4 +1,5 @@
 """What a dataset is, and what the loader promises about the windows it reads from one."""
+
 import json
 import os
 import shutil
@@ -15,8 +16,10 @@ from data.loader import GPT2_META, Tokens, UserError, atomic_write, dataset_fold
 from data.pysource import prepare
 
 GPT2_FILES = os.environ.get('TIKTOKEN_CACHE_DIR')
-needs_gpt2 = pytest.mark.skipif(not (GPT2_FILES and os.path.isdir(GPT2_FILES) and os.listdir(GPT2_FILES)),
-                                reason="GPT-2's BPE files are not at hand: set TIKTOKEN_CACHE_DIR to a folder that holds them")
+needs_gpt2 = pytest.mark.skipif(
+    not (GPT2_FILES and os.path.isdir(GPT2_FILES) and os.listdir(GPT2_FILES)),
+    reason="GPT-2's BPE files are not at hand: set TIKTOKEN_CACHE_DIR to a folder that holds them",
+)
 
 
 def write_tokens(folder, ids, dtype='<u2'):
@@ -33,8 +36,8 @@ def test_windows_are_slices_of_the_file(tmp_path):
     inputs, targets = opened(tmp_path, ids, 64).windows([0, 17, 935])
     assert inputs.dtype == targets.dtype == torch.int64
     for row, start in enumerate((0, 17, 935)):
-        np.testing.assert_array_equal(inputs[row], ids[start:start + 64])
-        np.testing.assert_array_equal(targets[row], ids[start + 1:start + 65])
+        np.testing.assert_array_equal(inputs[row], ids[start : start + 64])
+        np.testing.assert_array_equal(targets[row], ids[start + 1 : start + 65])
 
 
 def test_training_starts_are_the_same_in_every_process_and_year(tmp_path):
@@ -107,7 +110,9 @@ def test_an_id_beyond_the_vocabulary_is_named_with_file_and_position(tmp_path):
     ids[117] = 300
     tokens = opened(tmp_path, ids, 64, vocab_size=257)
     tokens.windows([0, 118])
-    with pytest.raises(UserError, match=r'val\.bin holds token id 300 at position 117, beyond the vocabulary of 257'):
+    with pytest.raises(
+        UserError, match=r'val\.bin holds token id 300 at position 117, beyond the vocabulary of 257'
+    ):
         tokens.windows([0, 100])
 
 
@@ -129,15 +134,18 @@ def test_a_set_without_meta_json_is_gpt2(tmp_path):
     assert read_meta(tmp_path) == GPT2_META
 
 
-@pytest.mark.parametrize('text, sentence', [
-    ('{"tokenizer": ', 'not readable as JSON'),
-    ('7', 'not readable as JSON'),
-    ('[]', 'lacks tokenizer, vocab_size, eot'),
-    ('{"tokenizer": "bytes", "vocab_size": 257}', 'lacks eot'),
-    ('{"tokenizer": "bytes", "vocab_size": "257", "eot": 256}', "vocab_size is '257'"),
-    ('{"tokenizer": "bytes", "vocab_size": 65537, "eot": 256}', 'vocab_size is 65537'),
-    ('{"tokenizer": "bytes", "vocab_size": 1, "eot": 0}', 'vocab_size is 1,'),
-])
+@pytest.mark.parametrize(
+    'text, sentence',
+    [
+        ('{"tokenizer": ', 'not readable as JSON'),
+        ('7', 'not readable as JSON'),
+        ('[]', 'lacks tokenizer, vocab_size, eot'),
+        ('{"tokenizer": "bytes", "vocab_size": 257}', 'lacks eot'),
+        ('{"tokenizer": "bytes", "vocab_size": "257", "eot": 256}', "vocab_size is '257'"),
+        ('{"tokenizer": "bytes", "vocab_size": 65537, "eot": 256}', 'vocab_size is 65537'),
+        ('{"tokenizer": "bytes", "vocab_size": 1, "eot": 0}', 'vocab_size is 1,'),
+    ],
+)
 def test_a_malformed_meta_json_is_refused(tmp_path, text, sentence):
     (tmp_path / 'meta.json').write_text(text)
     with pytest.raises(UserError, match=sentence):
@@ -187,7 +195,10 @@ def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, erro
 
 def make_sources(root, count=80):
     """Writes files with what is easily lost on the way (a BOM, \\r\\n, no last newline, special tokens as text). Returns {name: content}."""
-    contents = {f'module_{i}.py': f'# {i}\r\nx = "é速\U0001f40d" * {i}\n\n\tpass  # <|endoftext|>'.encode() for i in range(count)}
+    contents = {
+        f'module_{i}.py': f'# {i}\r\nx = "é速\U0001f40d" * {i}\n\n\tpass  # <|endoftext|>'.encode()
+        for i in range(count)
+    }
     contents['module_0.py'] = b'\xef\xbb\xbf' + contents['module_0.py']
     for i, (name, content) in enumerate(contents.items()):
         put(root / f'package_{i % 7}' / name, content)
@@ -209,8 +220,12 @@ def documents(path, end_of_text):
     ids = np.fromfile(path, dtype='<u2')
     ends = np.flatnonzero(ids == end_of_text)
     assert ends[-1] == len(ids) - 1
-    return [bytes(part[part != end_of_text].astype('u1')) if end_of_text == 256 else part[part != end_of_text].tolist()
-            for part in np.split(ids, ends[:-1] + 1)]
+    return [
+        bytes(part[part != end_of_text].astype('u1'))
+        if end_of_text == 256
+        else part[part != end_of_text].tolist()
+        for part in np.split(ids, ends[:-1] + 1)
+    ]
 
 
 def folder_bytes(folder):
@@ -233,7 +248,10 @@ def test_meta_json_says_what_was_written(tmp_path):
     run(tmp_path / 'root', tmp_path / 'out')
     meta, files = read_meta(tmp_path / 'out'), folder_bytes(tmp_path / 'out')
     assert meta['sha256'] == {name: sha256(files[name]).hexdigest() for name in ('train.bin', 'val.bin')}
-    assert (meta['train_tokens'], meta['val_tokens']) == (len(files['train.bin']) // 2, len(files['val.bin']) // 2)
+    assert (meta['train_tokens'], meta['val_tokens']) == (
+        len(files['train.bin']) // 2,
+        len(files['val.bin']) // 2,
+    )
     assert (meta['files'], meta['bytes']) == (len(contents), sum(map(len, contents.values())))
     assert (meta['tokenizer'], meta['vocab_size'], meta['eot']) == ('bytes', 257, 256)
     assert str(tmp_path) not in json.dumps(meta)
@@ -304,7 +322,10 @@ def test_versions_linked_only_through_a_third_stay_on_one_side(tmp_path):
         put(tmp_path / 'root' / 'copied' / f'last_{i}.py', between)
         put(tmp_path / 'root' / f'last_{i}.py', last)
     splits = run(tmp_path / 'root', tmp_path / 'out')
-    assert all(sides(splits, first) == sides(splits, between) == sides(splits, last) for first, between, last in chains)
+    assert all(
+        sides(splits, first) == sides(splits, between) == sides(splits, last)
+        for first, between, last in chains
+    )
 
 
 def test_what_is_not_utf8_or_empty_or_no_file_is_left_out_and_counted(tmp_path, capsys):
@@ -325,12 +346,15 @@ def test_the_limit_takes_documents_in_the_order_of_their_hash(tmp_path):
     splits = run(tmp_path / 'root', tmp_path / 'out', '--limit=2k')
     taken = len(splits['train'] + splits['val'])
     assert sorted(splits['train'] + splits['val']) == sorted(contents[:taken])
-    assert sum(map(len, contents[:taken])) <= 2000 < sum(map(len, contents[:taken + 1]))
+    assert sum(map(len, contents[:taken])) <= 2000 < sum(map(len, contents[: taken + 1]))
 
 
 def test_a_document_stays_on_its_side_whatever_the_limit(tmp_path):
     make_sources(tmp_path / 'root')
-    whole, part = run(tmp_path / 'root', tmp_path / 'out1'), run(tmp_path / 'root', tmp_path / 'out2', '--limit=2k')
+    whole, part = (
+        run(tmp_path / 'root', tmp_path / 'out1'),
+        run(tmp_path / 'root', tmp_path / 'out2', '--limit=2k'),
+    )
     assert all(set(part[split]) <= set(whole[split]) for split in whole)
 
 
@@ -354,7 +378,9 @@ def test_gpt2_tokens_are_those_of_tiktoken(tmp_path):
     contents = make_sources(tmp_path / 'root')
     prepare.main([f'--root={tmp_path / "root"}', f'--out={tmp_path / "out"}'])
     found = [ids for split in ('train', 'val') for ids in documents(tmp_path / 'out' / f'{split}.bin', 50256)]
-    assert sorted(found) == sorted(encoding('gpt2').encode_ordinary(content.decode()) for content in contents.values())
+    assert sorted(found) == sorted(
+        encoding('gpt2').encode_ordinary(content.decode()) for content in contents.values()
+    )
     assert {key: read_meta(tmp_path / 'out')[key] for key in GPT2_META} == GPT2_META
 
 
@@ -365,15 +391,18 @@ def test_a_run_of_a_million_blanks_is_tokenized(tmp_path):
     assert bpe.decode_bytes(prepare.tokenize(content, bpe)[:-1].tolist()) == content
 
 
-@pytest.mark.parametrize('flags, sentence', [
-    (['--root=nowhere'], '--root nowhere is not a folder'),
-    (['--root=hollow'], '0 Python files found'),
-    (['--root=single'], '1 Python files found, 1 documents left of them, none for '),
-    (['--root=root', '--limit=1'], '0 documents left'),
-    (['--root=root', '--limit=lots'], "--limit is 'lots'"),
-    (['--root=root', '--workers=0'], '--workers is 0'),
-    (['--root=root', '--tokenizer=gpt5'], "unknown tokenizer 'gpt5'"),
-])
+@pytest.mark.parametrize(
+    'flags, sentence',
+    [
+        (['--root=nowhere'], '--root nowhere is not a folder'),
+        (['--root=hollow'], '0 Python files found'),
+        (['--root=single'], '1 Python files found, 1 documents left of them, none for '),
+        (['--root=root', '--limit=1'], '0 documents left'),
+        (['--root=root', '--limit=lots'], "--limit is 'lots'"),
+        (['--root=root', '--workers=0'], '--workers is 0'),
+        (['--root=root', '--tokenizer=gpt5'], "unknown tokenizer 'gpt5'"),
+    ],
+)
 def test_a_mistake_ends_in_a_sentence_and_leaves_the_old_dataset(tmp_path, monkeypatch, flags, sentence):
     monkeypatch.chdir(tmp_path)
     make_sources(tmp_path / 'root')
@@ -383,7 +412,9 @@ def test_a_mistake_ends_in_a_sentence_and_leaves_the_old_dataset(tmp_path, monke
     before = folder_bytes(tmp_path / 'out')
     with pytest.raises(SystemExit) as stop:
         prepare.main(['--tokenizer=bytes', '--out=out', *flags])
-    assert stop.value.code.startswith('error: ') and sentence in stop.value.code and '\n' not in stop.value.code
+    assert (
+        stop.value.code.startswith('error: ') and sentence in stop.value.code and '\n' not in stop.value.code
+    )
     assert folder_bytes(tmp_path / 'out') == before
 
 
@@ -397,6 +428,7 @@ def test_a_folder_that_cannot_be_written_ends_in_a_sentence(tmp_path):
 def test_bpe_files_that_cannot_be_had_end_in_a_sentence(tmp_path, monkeypatch):
     def no_network(name):
         raise ConnectionError('HTTPSConnectionPool, Max retries exceeded')
+
     monkeypatch.setattr('tiktoken.get_encoding', no_network)
     with pytest.raises(SystemExit, match='error: .*TIKTOKEN_CACHE_DIR.*--tokenizer=bytes'):
         prepare.main([f'--root={tmp_path}', f'--out={tmp_path / "out"}'])
@@ -408,14 +440,18 @@ def test_a_run_that_dies_while_tokenizing_leaves_the_old_dataset(tmp_path, monke
     before = folder_bytes(tmp_path / 'out')
     put(tmp_path / 'root' / 'bad.py', b'bad')
     tokenize = prepare.tokenize
-    monkeypatch.setattr(prepare, 'tokenize', lambda content, bpe: tokenize(None if content == b'bad' else content, bpe))
+    monkeypatch.setattr(
+        prepare, 'tokenize', lambda content, bpe: tokenize(None if content == b'bad' else content, bpe)
+    )
     with pytest.raises(AttributeError):
         run(tmp_path / 'root', tmp_path / 'out')
     assert folder_bytes(tmp_path / 'out') == before
 
 
 @pytest.mark.parametrize('renames', [0, 1, 2])
-def test_a_run_cut_while_files_take_their_names_leaves_no_file_beside_a_meta_json_of_another_set(tmp_path, monkeypatch, renames):
+def test_a_run_cut_while_files_take_their_names_leaves_no_file_beside_a_meta_json_of_another_set(
+    tmp_path, monkeypatch, renames
+):
     make_sources(tmp_path / 'root', count=100)
     make_sources(tmp_path / 'old')
     run(tmp_path / 'old', tmp_path / 'out')
@@ -436,6 +472,10 @@ def test_a_run_cut_while_files_take_their_names_leaves_no_file_beside_a_meta_jso
 
 
 def test_the_script_says_error_without_a_traceback(tmp_path):
-    result = subprocess.run([sys.executable, prepare.__file__, '--tokenizer=bytes', '--root', str(tmp_path / 'nowhere')], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, prepare.__file__, '--tokenizer=bytes', '--root', str(tmp_path / 'nowhere')],
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 1
     assert result.stderr.count('\n') == 1 and result.stderr.startswith('error: ')

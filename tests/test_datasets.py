@@ -1,4 +1,5 @@
 """Datasets from elsewhere: the download of FineWeb-Edu from a server that misbehaves, anybody's own text, and what others have prepared."""
+
 import gzip
 import json
 import os
@@ -17,13 +18,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from test_data import documents, folder_bytes, needs_gpt2
 
-import bench
 import train
 from data.fineweb_edu import prepare as fineweb
 from data.loader import GPT2_META, Tokens, UserError, encoding, read_meta
 from data.text import prepare as text
-from test_data import documents, folder_bytes, needs_gpt2
+from speed import bench
 
 SHARD, VAL = 100_000, 4_000  # tokens, instead of 100M and 4M
 NAMES = ['finewebedu_val_000000.bin', *(f'finewebedu_train_{i:06}.bin' for i in range(1, 5))]
@@ -42,6 +43,7 @@ def shard(ids, magic=20240520, version=1, count=None):
 class Server(ThreadingHTTPServer):
     """Serves shards on loopback. `answers[name]` is what goes wrong, one request after the other: a status, 'drop' (half of what was asked for),
     'corrupt …', or None for what is right; the last one holds for all requests that follow."""
+
     daemon_threads = True
 
     def __init__(self):
@@ -71,8 +73,15 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header('Content-Length', '0')
             return self.end_headers()
         ids = shard_ids(NAMES.index(name))
-        content = {None: server.files[name], 'drop': server.files[name], 'corrupt magic': shard(ids, magic=20240521), 'corrupt version': shard(ids, version=2),
-                   'corrupt count': shard(ids, count=SHARD - 1), 'corrupt size': shard(ids)[:-2], 'corrupt ids': shard(ids | 0xffff)}[answer]
+        content = {
+            None: server.files[name],
+            'drop': server.files[name],
+            'corrupt magic': shard(ids, magic=20240521),
+            'corrupt version': shard(ids, version=2),
+            'corrupt count': shard(ids, count=SHARD - 1),
+            'corrupt size': shard(ids)[:-2],
+            'corrupt ids': shard(ids | 0xFFFF),
+        }[answer]
         first, last = (int(x) for x in re.fullmatch(r'bytes=(\d+)-(\d+)', self.headers['Range']).groups())
         last = min(last, len(content) - 1)
         server.asked += last + 1 - first
@@ -87,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
         end = (first + last) // 2 if answer == 'drop' else last + 1
         while first < end:
             time.sleep(server.delay)
-            block = content[first:min(end, first + 4096)] if server.delay else content[first:end]
+            block = content[first : min(end, first + 4096)] if server.delay else content[first:end]
             self.wfile.write(block)
             server.sent[name] += len(block)
             first += len(block)
@@ -115,8 +124,13 @@ def is_right(out, tokens=250_000):
     train = np.concatenate([shard_ids(i) for i in range(1, 5)])[:tokens].tobytes()
     files = {'train.bin': train, 'val.bin': shard_ids(0)[:VAL].tobytes()}
     meta, found = read_meta(out), folder_bytes(out)
-    return (found.pop('meta.json') and found == files and meta['sha256'] == {name: sha256(content).hexdigest() for name, content in files.items()}
-            and (meta['train_tokens'], meta['val_tokens']) == (tokens, VAL) and GPT2_META.items() <= meta.items())
+    return (
+        found.pop('meta.json')
+        and found == files
+        and meta['sha256'] == {name: sha256(content).hexdigest() for name, content in files.items()}
+        and (meta['train_tokens'], meta['val_tokens']) == (tokens, VAL)
+        and GPT2_META.items() <= meta.items()
+    )
 
 
 def sentence(function, *args):
@@ -149,7 +163,17 @@ def test_a_second_call_downloads_nothing(server, tmp_path, capsys):
     assert len(server.requests) == before and 'nothing to download' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('answers', [['drop', None], ['drop'] * 5 + [None], [429, None], [503, 500, 502, None], [503, 'drop', 429, 'drop', None]], ids=str)
+@pytest.mark.parametrize(
+    'answers',
+    [
+        ['drop', None],
+        ['drop'] * 5 + [None],
+        [429, None],
+        [503, 500, 502, None],
+        [503, 'drop', 429, 'drop', None],
+    ],
+    ids=str,
+)
 def test_what_time_mends_is_tried_again(server, tmp_path, answers):
     server.answers = {name: list(answers) for name in NAMES}
     download(server, tmp_path)
@@ -176,7 +200,9 @@ def test_a_server_that_ignores_ranges_is_read_from_the_start(server, tmp_path):
     assert is_right(tmp_path)
 
 
-@pytest.mark.parametrize('damage', ['corrupt magic', 'corrupt version', 'corrupt count', 'corrupt size', 'corrupt ids'])
+@pytest.mark.parametrize(
+    'damage', ['corrupt magic', 'corrupt version', 'corrupt count', 'corrupt size', 'corrupt ids']
+)
 def test_a_corrupt_shard_is_downloaded_once_more(server, tmp_path, damage):
     server.answers[NAMES[2]] = [damage, None]
     download(server, tmp_path)
@@ -188,15 +214,20 @@ def test_a_part_that_goes_while_it_is_looked_at_has_no_size(tmp_path, monkeypatc
     assert fineweb.size_of(tmp_path / 'gone.bin') == 0
 
 
-@pytest.mark.parametrize('answer, expected, requests', [
-    ('corrupt magic', 'is corrupt, twice in a row (its header is [20240521, 1, 100000], expected', 2),
-    ('corrupt size', '/201022\' of its size, expected 201024 bytes from 0 on', 2),
-    (404, 'answered 404 Not Found, expected a shard', 1),
-    (403, 'answered 403 Forbidden', 1),
-    (416, 'is corrupt, twice in a row (it ends before byte', 2),
-    (503, '503 Service Unavailable; 8 attempts', 8),
-])
-def test_what_time_does_not_mend_ends_in_a_sentence_and_the_next_call_goes_on(server, tmp_path, answer, expected, requests):
+@pytest.mark.parametrize(
+    'answer, expected, requests',
+    [
+        ('corrupt magic', 'is corrupt, twice in a row (its header is [20240521, 1, 100000], expected', 2),
+        ('corrupt size', "/201022' of its size, expected 201024 bytes from 0 on", 2),
+        (404, 'answered 404 Not Found, expected a shard', 1),
+        (403, 'answered 403 Forbidden', 1),
+        (416, 'is corrupt, twice in a row (it ends before byte', 2),
+        (503, '503 Service Unavailable; 8 attempts', 8),
+    ],
+)
+def test_what_time_does_not_mend_ends_in_a_sentence_and_the_next_call_goes_on(
+    server, tmp_path, answer, expected, requests
+):
     server.answers[NAMES[2]] = [answer]
     message = sentence(download, server, tmp_path)
     assert expected in message and f'{server.url}/{NAMES[2]}' in message
@@ -217,8 +248,16 @@ def process(server, out, *more):
     """Starts prepare.py as a process of its own."""
     settings = f'prepare.SHARD_TOKENS, prepare.VAL_TOKENS, prepare.BLOCK = {SHARD}, {VAL}, 4096'
     code = f'from data.fineweb_edu import prepare; {settings}; prepare.main({["--tokens=250k", f"--url={server.url}", f"--out={out}", *more]})'
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job that a shell runs in the background ignores SIGINT
-    return subprocess.Popen([sys.executable, '-c', code], cwd=Path(__file__).parent.parent, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
+    heard = partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # a job that a shell runs in the background ignores SIGINT
+    return subprocess.Popen(
+        [sys.executable, '-c', code],
+        cwd=Path(__file__).parent.parent,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heard,
+    )
 
 
 def wait_for(condition):
@@ -236,7 +275,9 @@ def test_a_stopped_download_goes_on_where_it_was(server, tmp_path, number, statu
     run.send_signal(number)
     assert run.wait(10) == status
     message = run.stderr.read()
-    assert 'Traceback' not in message and (number == signal.SIGKILL or 'run the same command again' in message)
+    assert 'Traceback' not in message and (
+        number == signal.SIGKILL or 'run the same command again' in message
+    )
     kept = sum(path.stat().st_size for path in (tmp_path / 'parts').iterdir())
     assert kept > 100_000 and not (tmp_path / 'train.bin').exists()
     server.delay, server.asked = 0, 0
@@ -246,7 +287,9 @@ def test_a_stopped_download_goes_on_where_it_was(server, tmp_path, number, statu
 
 
 @pytest.mark.parametrize('moment', range(8))
-def test_a_process_that_dies_while_files_are_joined_and_named_loses_nothing(server, tmp_path, monkeypatch, moment):
+def test_a_process_that_dies_while_files_are_joined_and_named_loses_nothing(
+    server, tmp_path, monkeypatch, moment
+):
     class Died(BaseException):
         pass
 
@@ -258,6 +301,7 @@ def test_a_process_that_dies_while_files_are_joined_and_named_loses_nothing(serv
             if left[0] < 0:
                 raise Died
             return real[name](*args)
+
         return call
 
     for name in real:
@@ -282,7 +326,9 @@ def test_the_old_dataset_stays_until_the_new_one_is_there(server, tmp_path):
     download(server, tmp_path, '150k')
     server.answers[NAMES[3]] = [404]
     sentence(download, server, tmp_path)
-    assert read_meta(tmp_path)['train_tokens'] == 150_000 and (tmp_path / 'train.bin').stat().st_size == 300_000
+    assert (
+        read_meta(tmp_path)['train_tokens'] == 150_000 and (tmp_path / 'train.bin').stat().st_size == 300_000
+    )
     server.answers = {}
     download(server, tmp_path)
     assert is_right(tmp_path)
@@ -309,21 +355,25 @@ def test_two_downloads_to_one_folder_do_not_meet(server, tmp_path):
     assert is_right(tmp_path)
 
 
-@pytest.mark.parametrize('flags, expected', [
-    (['--tokens=lots'], "--tokens is 'lots'"),
-    (['--tokens=0'], 'from 1 to 9.9B'),
-    (['--tokens=10B'], 'from 1 to 9.9B'),
-    (['--tokens=1.5'], 'a whole number'),
-    (['--tokens=nan'], 'a whole number'),
-    (['--workers=0'], '--workers is 0'),
-    (['--url=ftp://nowhere'], 'begins with http'),
-    (['--out=/dev/null'], 'cannot write to /dev/null'),
-])
+@pytest.mark.parametrize(
+    'flags, expected',
+    [
+        (['--tokens=lots'], "--tokens is 'lots'"),
+        (['--tokens=0'], 'from 1 to 9.9B'),
+        (['--tokens=10B'], 'from 1 to 9.9B'),
+        (['--tokens=1.5'], 'a whole number'),
+        (['--tokens=nan'], 'a whole number'),
+        (['--workers=0'], '--workers is 0'),
+        (['--url=ftp://nowhere'], 'begins with http'),
+        (['--out=/dev/null'], 'cannot write to /dev/null'),
+    ],
+)
 def test_a_mistake_ends_in_a_sentence(tmp_path, flags, expected):
     assert expected in sentence(fineweb.main, [f'--out={tmp_path}', '--url=http://127.0.0.1:9', *flags])
 
 
 # Anybody's own text
+
 
 def make_text(out, *paths, tokenizer='bytes', flags=()):
     """Returns the documents of both splits, without their order."""
@@ -335,26 +385,50 @@ def make_text(out, *paths, tokenizer='bytes', flags=()):
 def write_corpus(folder):
     """Writes a file of each kind. Returns the documents in them."""
     folder.mkdir()
-    poem, notes, code = ('Ærøskøbing, 速い \U0001f40d\r\n\n<|endoftext|>\n' * 20).encode(), b'# notes', b'def f():\n\tpass\n'
+    poem, notes, code = (
+        ('Ærøskøbing, 速い \U0001f40d\r\n\n<|endoftext|>\n' * 20).encode(),
+        b'# notes',
+        b'def f():\n\tpass\n',
+    )
     lines = [f'line {i} é' for i in range(60)]
     (folder / 'poem.txt').write_bytes(poem)
     (folder / 'deep' / 'er').mkdir(parents=True)
     (folder / 'deep' / 'notes.md').write_bytes(notes)
     (folder / 'deep' / 'er' / 'code.py').write_bytes(code)
-    (folder / 'lines.jsonl').write_text(''.join(json.dumps({'text': line, 'body': line[::-1]}) + '\n' for line in lines))
+    (folder / 'lines.jsonl').write_text(
+        ''.join(json.dumps({'text': line, 'body': line[::-1]}) + '\n' for line in lines)
+    )
     with gzip.open(folder / 'more.jsonl.gz', 'wt') as file:
-        file.write('\n'.join(json.dumps({'text': line + ' more', 'body': line + ' body'}, ensure_ascii=False) for line in lines))
+        file.write(
+            '\n'.join(
+                json.dumps({'text': line + ' more', 'body': line + ' body'}, ensure_ascii=False)
+                for line in lines
+            )
+        )
     with gzip.open(folder / 'verse.txt.gz', 'wb') as file:
         file.write(poem[:100])
     (folder / 'picture.png').write_bytes(b'\x89PNG')
-    return sorted([poem, notes, code, poem[:100], *(line.encode() for line in lines), *((line + ' more').encode() for line in lines)])
+    return sorted(
+        [
+            poem,
+            notes,
+            code,
+            poem[:100],
+            *(line.encode() for line in lines),
+            *((line + ' more').encode() for line in lines),
+        ]
+    )
 
 
 def test_every_kind_of_file_becomes_documents(tmp_path):
     expected = write_corpus(tmp_path / 'corpus')
     assert make_text(tmp_path / 'out', tmp_path / 'corpus') == expected
     meta, files = read_meta(tmp_path / 'out'), folder_bytes(tmp_path / 'out')
-    assert (meta['documents'], meta['bytes'], meta['vocab_size']) == (len(expected), sum(map(len, expected)), 257)
+    assert (meta['documents'], meta['bytes'], meta['vocab_size']) == (
+        len(expected),
+        sum(map(len, expected)),
+        257,
+    )
     assert meta['sha256'] == {name: sha256(files[name]).hexdigest() for name in ('train.bin', 'val.bin')}
     assert 0 < meta['val_tokens'] < meta['train_tokens'] and str(tmp_path) not in json.dumps(meta)
 
@@ -368,7 +442,9 @@ def test_gpt2_tokens_of_text_are_those_of_tiktoken(tmp_path):
 
 def test_another_field_is_another_text(tmp_path):
     write_corpus(tmp_path / 'corpus')
-    assert make_text(tmp_path / 'out', tmp_path / 'corpus' / 'lines.jsonl', flags=['--field=body']) == sorted(f'line {i} é'[::-1].encode() for i in range(60))
+    assert make_text(tmp_path / 'out', tmp_path / 'corpus' / 'lines.jsonl', flags=['--field=body']) == sorted(
+        f'line {i} é'[::-1].encode() for i in range(60)
+    )
 
 
 def test_neither_workers_nor_pieces_nor_the_order_of_paths_change_the_dataset(tmp_path, monkeypatch):
@@ -399,7 +475,19 @@ def test_a_line_longer_than_a_piece_is_never_cut_inside_a_character(tmp_path, mo
 
 
 def test_what_is_malformed_is_counted_and_not_fatal(tmp_path, capsys):
-    lines = ['{"text": "good"}', '{"text": "fine"}', '{"text": "cut', '[1]', '7', '{"other": "field"}', '{"text": 7}', '{"text": ""}', '', '{"text": "\\ud800"}', 'null']
+    lines = [
+        '{"text": "good"}',
+        '{"text": "fine"}',
+        '{"text": "cut',
+        '[1]',
+        '7',
+        '{"other": "field"}',
+        '{"text": 7}',
+        '{"text": ""}',
+        '',
+        '{"text": "\\ud800"}',
+        'null',
+    ]
     (tmp_path / 'a.jsonl').write_bytes('\n'.join(lines).encode() + b'\n{"text": "\xff"}\n')
     (tmp_path / 'b.txt').write_bytes('é'.encode('latin-1'))
     (tmp_path / 'c.txt').write_bytes(b'')
@@ -408,21 +496,29 @@ def test_what_is_malformed_is_counted_and_not_fatal(tmp_path, capsys):
     (tmp_path / 'f.txt').symlink_to(tmp_path / 'nowhere')
     os.mkfifo(tmp_path / 'g.txt')
     assert make_text(tmp_path / 'out', tmp_path) == [b'fine', b'good']
-    assert "left out: 1 empty documents, 5 lines without a text as 'text', 1 malformed lines, 3 texts that are not UTF-8, 4 unreadable files" in capsys.readouterr().out
+    assert (
+        "left out: 1 empty documents, 5 lines without a text as 'text', 1 malformed lines, 3 texts that are not UTF-8, 4 unreadable files"
+        in capsys.readouterr().out
+    )
 
 
-@pytest.mark.parametrize('files, flags, expected', [
-    ({'a.txt': b''}, [], 'no text in 1 files'),
-    ({'a.jsonl': b'{"text": \n'}, [], 'no text in 1 files (left out: 1 malformed lines)'),
-    ({'a.txt': b'one'}, [], 'all text is one document'),
-    ({'a.txt': b'copy', 'b.txt': b'copy'}, [], 'all text is one document'),
-    ({'a.html': b'text'}, [], 'hold no .txt, .md, .py, .jsonl'),
-    ({'a.txt': b'one'}, ['nowhere'], 'there is no nowhere'),
-    ({'a.html': b'text'}, ['corpus/a.html'], 'is of no kind that is known'),
-    ({'a.txt': b'one', 'b.txt': b'two'}, ['--workers=0'], '--workers is 0'),
-    ({'a.txt': b'one', 'b.txt': b'two'}, ['--tokenizer=gpt5'], "unknown tokenizer 'gpt5'"),
-])
-def test_a_mistake_with_text_ends_in_a_sentence_and_leaves_the_old_dataset(tmp_path, monkeypatch, files, flags, expected):
+@pytest.mark.parametrize(
+    'files, flags, expected',
+    [
+        ({'a.txt': b''}, [], 'no text in 1 files'),
+        ({'a.jsonl': b'{"text": \n'}, [], 'no text in 1 files (left out: 1 malformed lines)'),
+        ({'a.txt': b'one'}, [], 'all text is one document'),
+        ({'a.txt': b'copy', 'b.txt': b'copy'}, [], 'all text is one document'),
+        ({'a.html': b'text'}, [], 'hold no .txt, .md, .py, .jsonl'),
+        ({'a.txt': b'one'}, ['nowhere'], 'there is no nowhere'),
+        ({'a.html': b'text'}, ['corpus/a.html'], 'is of no kind that is known'),
+        ({'a.txt': b'one', 'b.txt': b'two'}, ['--workers=0'], '--workers is 0'),
+        ({'a.txt': b'one', 'b.txt': b'two'}, ['--tokenizer=gpt5'], "unknown tokenizer 'gpt5'"),
+    ],
+)
+def test_a_mistake_with_text_ends_in_a_sentence_and_leaves_the_old_dataset(
+    tmp_path, monkeypatch, files, flags, expected
+):
     monkeypatch.chdir(tmp_path)
     write_corpus(tmp_path / 'old')
     make_text(tmp_path / 'out', 'old')
@@ -439,30 +535,49 @@ def test_the_smallest_hash_validates_where_chance_would_leave_no_one(tmp_path):
     for name in 'abc':
         (tmp_path / 'corpus' / f'{name}.txt').write_text(name)
     make_text(tmp_path / 'out', tmp_path / 'corpus')
-    assert documents(tmp_path / 'out' / 'val.bin', 256) == [min((b'a', b'b', b'c'), key=lambda content: sha256(content).digest())]
+    assert documents(tmp_path / 'out' / 'val.bin', 256) == [
+        min((b'a', b'b', b'c'), key=lambda content: sha256(content).digest())
+    ]
 
 
 def test_memory_does_not_grow_with_the_input(tmp_path):
     for megabytes, name in ((4, 'small'), (60, 'big')):
         (tmp_path / name).mkdir()
-        with open(tmp_path / name / 'a.txt', 'w') as plain, gzip.open(tmp_path / name / 'b.jsonl.gz', 'wt', compresslevel=1) as lines:
+        with (
+            open(tmp_path / name / 'a.txt', 'w') as plain,
+            gzip.open(tmp_path / name / 'b.jsonl.gz', 'wt', compresslevel=1) as lines,
+        ):
             for i in range(1000 * megabytes // 2):
                 plain.write(f'{i:0100}\n' * 10)
                 lines.write(json.dumps({'text': f'{i:01000}'}) + '\n')
-    code = (f'import resource; from data.text import prepare\nfor name in ("small", "big"):\n'
-            f'  prepare.main(["{tmp_path}/" + name, "--tokenizer=bytes", "--out={tmp_path}/out", "--workers=2"])\n'
-            '  print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)')
-    result = subprocess.run([sys.executable, '-c', code], cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True)
+    code = (
+        f'import resource; from data.text import prepare\nfor name in ("small", "big"):\n'
+        f'  prepare.main(["{tmp_path}/" + name, "--tokenizer=bytes", "--out={tmp_path}/out", "--workers=2"])\n'
+        '  print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)'
+    )
+    result = subprocess.run(
+        [sys.executable, '-c', code],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     small, big = (int(line) for line in result.stdout.splitlines()[2::3])
     assert big - small < 12
 
 
 # What others have prepared
 
+
 def write_shards(folder, lengths=((300, 200, 250), (200,)), vocab_size=50257):
     """Returns the ids of each split, shard by shard."""
     folder.mkdir(exist_ok=True)
-    ids = {split: [np.random.default_rng(i).integers(0, vocab_size, n).astype('<u2') for i, n in enumerate(counts)] for split, counts in zip(('train', 'val'), lengths)}
+    ids = {
+        split: [
+            np.random.default_rng(i).integers(0, vocab_size, n).astype('<u2') for i, n in enumerate(counts)
+        ]
+        for split, counts in zip(('train', 'val'), lengths)
+    }
     for split, parts in ids.items():
         for i, part in enumerate(parts):
             (folder / f'some_{split}_{i:03}.bin').write_bytes(shard(part))
@@ -478,14 +593,17 @@ def test_windows_of_shards_never_straddle_two(tmp_path):
     assert set(starts) == inside
     inputs, targets = tokens.windows(starts[:500])
     for start, x, y in zip(starts, inputs.numpy(), targets.numpy()):
-        np.testing.assert_array_equal(np.append(x, y[-1]), flat[start:start + 65])
+        np.testing.assert_array_equal(np.append(x, y[-1]), flat[start : start + 65])
 
 
 def test_a_training_shard_is_not_validation_because_its_name_holds_the_word(tmp_path):
     write_shards(tmp_path)
     for path in list(tmp_path.iterdir()):
         path.rename(tmp_path / f'retrieval_{path.name}')
-    assert (Tokens(tmp_path, 'train', 64, 50257).length, Tokens(tmp_path, 'val', 64, 50257).length) == (750, 200)
+    assert (Tokens(tmp_path, 'train', 64, 50257).length, Tokens(tmp_path, 'val', 64, 50257).length) == (
+        750,
+        200,
+    )
 
 
 def test_windows_of_shards_are_uniform(tmp_path):
@@ -513,13 +631,19 @@ def test_one_shard_gives_the_windows_of_the_same_ids_in_a_flat_file(tmp_path):
     np.testing.assert_array_equal(shards.fixed_starts(8), flat.fixed_starts(8))
 
 
-@pytest.mark.parametrize('content, expected', [
-    (shard(shard_ids(0, 200))[:-2], 'some_train_001.bin has 1,422 bytes, but its header promises 200 tokens, which take 1,424'),
-    (shard_ids(0, 2000).tobytes(), 'some_train_001.bin does not begin like a shard'),
-    (shard(shard_ids(0, 2000), version=2), 'some_train_001.bin does not begin like a shard'),
-    (b'', 'some_train_001.bin does not begin like a shard'),
-    (shard(shard_ids(0, 64)), 'some_train_001.bin holds 64 tokens, fewer than the 65'),
-])
+@pytest.mark.parametrize(
+    'content, expected',
+    [
+        (
+            shard(shard_ids(0, 200))[:-2],
+            'some_train_001.bin has 1,422 bytes, but its header promises 200 tokens, which take 1,424',
+        ),
+        (shard_ids(0, 2000).tobytes(), 'some_train_001.bin does not begin like a shard'),
+        (shard(shard_ids(0, 2000), version=2), 'some_train_001.bin does not begin like a shard'),
+        (b'', 'some_train_001.bin does not begin like a shard'),
+        (shard(shard_ids(0, 64)), 'some_train_001.bin holds 64 tokens, fewer than the 65'),
+    ],
+)
 def test_a_damaged_shard_is_named(tmp_path, content, expected):
     write_shards(tmp_path)
     (tmp_path / 'some_train_001.bin').write_bytes(content)
@@ -554,6 +678,7 @@ def test_a_meta_json_beside_a_meta_pkl_is_read(tmp_path):
 
 # A run on each
 
+
 def a_text_set(folder, server):
     write_corpus(folder.parent / 'corpus')
     text.main([str(folder.parent / 'corpus'), '--tokenizer=bytes', f'--out={folder}'])
@@ -573,13 +698,30 @@ def a_set_of_nanogpt(folder, server):
         shard_ids(i, 2000).tofile(folder / f'{split}.bin')
 
 
-@pytest.mark.parametrize('kind', [a_text_set, a_prepared_set, shards_as_they_lie, a_set_of_nanogpt], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    'kind', [a_text_set, a_prepared_set, shards_as_they_lie, a_set_of_nanogpt], ids=lambda kind: kind.__name__
+)
 def test_a_run_trains_on(kind, tmp_path, server):
     kind(tmp_path / 'set', server)
     signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    tiny = dict(n_layer=1, n_head=1, n_embd=16, block_size=16, batch_size=2, max_iters=2, eval_sequences=4, compile=False, device='cpu')
+    tiny = dict(
+        n_layer=1,
+        n_head=1,
+        n_embd=16,
+        block_size=16,
+        batch_size=2,
+        max_iters=2,
+        eval_sequences=4,
+        compile=False,
+        device='cpu',
+    )
     try:
-        train.main([f'--{key}={value}' for key, value in {**tiny, 'dataset': tmp_path / 'set', 'out_dir': tmp_path / 'out'}.items()])
+        train.main(
+            [
+                f'--{key}={value}'
+                for key, value in {**tiny, 'dataset': tmp_path / 'set', 'out_dir': tmp_path / 'out'}.items()
+            ]
+        )
     finally:
         for number, handler in signals.items():
             signal.signal(number, handler)
@@ -589,50 +731,111 @@ def test_a_run_trains_on(kind, tmp_path, server):
 
 # bench.py
 
+
 def test_the_loader_bench_writes_what_it_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, 'BATCHES', 200)
     bench.main(['--what=loader', f'--out={tmp_path / "new" / "loader.json"}', '--note=a test'])
     report = json.loads((tmp_path / 'new' / 'loader.json').read_text())
     assert report == json.loads(capsys.readouterr().out)
-    assert report['file_bytes'] == 20 * 10**9 and report['ms_per_batch']['50%'] > 0 and report['memory_growth_bytes'] < 2**22
+    assert (
+        report['file_bytes'] == 20 * 10**9
+        and report['ms_per_batch']['50%'] > 0
+        and report['memory_growth_bytes'] < 2**22
+    )
 
 
-SMALL_BENCH = ['--scale=demo', '--turns=2', '--batch_size=2', '--n_layer=1', '--n_embd=32', '--block_size=16', '--device=cpu']
+SMALL_BENCH = [
+    '--scale=demo',
+    '--turns=2',
+    '--batch_size=2',
+    '--n_layer=1',
+    '--n_embd=32',
+    '--block_size=16',
+    '--device=cpu',
+]
 
 
-def test_the_bench_of_the_step_lets_arms_take_turns_and_quotes_medians_against_the_first(tmp_path, monkeypatch, capsys):
+def test_the_bench_of_the_step_lets_arms_take_turns_and_quotes_medians_against_the_first(
+    tmp_path, monkeypatch, capsys
+):
     def in_this_process(argv, env, **_):  # another would spend its time on imports
-        assert argv[0] == sys.executable and argv[1] == bench.__file__ and not Path(env['TRITON_CACHE_DIR']).exists()
-        bench.main(argv[2:])
+        assert (
+            argv[0] == sys.executable
+            and argv[1:3] == ['-m', 'speed.bench']
+            and not Path(env['TRITON_CACHE_DIR']).exists()
+        )
+        bench.main(argv[3:])
         return subprocess.CompletedProcess(argv, 0, capsys.readouterr().out, '')
 
-    monkeypatch.setattr(bench.subprocess, 'run', lambda argv, **more: in_this_process(argv, **more) if 'env' in more else subprocess.CompletedProcess(argv, 0, 'a commit', ''))
-    bench.main(['--arms=baseline,ledger/gate_rank=4', '--steps=1', f'--out={tmp_path / "bench.json"}', *SMALL_BENCH])
+    monkeypatch.setattr(
+        bench.subprocess,
+        'run',
+        lambda argv, **more: (
+            in_this_process(argv, **more)
+            if 'env' in more
+            else subprocess.CompletedProcess(argv, 0, 'a commit', '')
+        ),
+    )
+    bench.main(
+        ['--arms=baseline,ledger/gate_rank=4', '--steps=1', f'--out={tmp_path / "bench.json"}', *SMALL_BENCH]
+    )
     arms = json.loads((tmp_path / 'bench.json').read_text())['arms']
     assert list(arms) == ['baseline', 'ledger/gate_rank=4'] and arms['baseline']['ratio'] == 1
     for arm in arms.values():
-        assert arm['tokens_per_step'] == 2 * 16 and len(arm['ms_per_step']['all']) == 2 and arm['first_step_s'] > 0
+        assert (
+            arm['tokens_per_step'] == 2 * 16
+            and len(arm['ms_per_step']['all']) == 2
+            and arm['first_step_s'] > 0
+        )
         assert arm['tokens_per_s'] == pytest.approx(32e3 / np.median(arm['ms_per_step']['all']), rel=1e-2)
-    assert arms['ledger/gate_rank=4']['parameters'] - arms['baseline']['parameters'] == 2 * (5 * 2 * 32 * 4 + 4 * 32 + 1)
+    assert arms['ledger/gate_rank=4']['parameters'] - arms['baseline']['parameters'] == 2 * (
+        5 * 2 * 32 * 4 + 4 * 32 + 1
+    )
     assert 'ledger/gate_rank=4' in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_the_bench_of_two_processes_has_all_arms_and_says_how_long_they_wait_for_gradients(tmp_path):
-    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', bench.__file__, '--steps=1', f'--out={tmp_path / "bench.json"}', *SMALL_BENCH],
-                   check=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    subprocess.run(
+        [
+            sys.executable,
+            '-m',
+            'torch.distributed.run',
+            '--standalone',
+            '--nproc_per_node=2',
+            '-m',
+            'speed.bench',
+            '--steps=1',
+            f'--out={tmp_path / "bench.json"}',
+            *SMALL_BENCH,
+        ],
+        check=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+    )
     report = json.loads((tmp_path / 'bench.json').read_text())
     assert report['processes'] == 2 and list(report['arms']) == ['baseline', 'ledger']
-    assert all(arm['waiting_for_gradients'] < 1 and arm['tokens_per_step'] == 2 * 16 for arm in report['arms'].values())
+    assert all(
+        arm['waiting_for_gradients'] < 1 and arm['tokens_per_step'] == 2 * 16
+        for arm in report['arms'].values()
+    )
 
 
 def test_the_bench_of_the_measurement_sets_it_against_a_plain_forward_pass(tmp_path):
-    bench.main(['--what=measure', '--arms=ledger', '--sequences=4', f'--out={tmp_path / "bench.json"}', *SMALL_BENCH])
+    bench.main(
+        ['--what=measure', '--arms=ledger', '--sequences=4', f'--out={tmp_path / "bench.json"}', *SMALL_BENCH]
+    )
     line = json.loads((tmp_path / 'bench.json').read_text())['arms']['ledger']
-    assert line['ratio'] == pytest.approx(line['measure_s'] / line['forward_s'], rel=0.3) and line['sequences'] == 4
+    assert (
+        line['ratio'] == pytest.approx(line['measure_s'] / line['forward_s'], rel=0.3)
+        and line['sequences'] == 4
+    )
 
 
 def test_the_bench_says_what_it_does_not_know(tmp_path):
     assert "--what is 'speed': expected train, measure or loader" in sentence(bench.main, ['--what=speed'])
-    assert '--n_layer=2 does nothing for --what=loader' in sentence(bench.main, ['--what=loader', '--n_layer=2'])
-    assert "no setting 'kernel', did you mean 'kernels'?" in sentence(bench.main, ['--scale=demo', '--kernel=False'])
+    assert '--n_layer=2 does nothing for --what=loader' in sentence(
+        bench.main, ['--what=loader', '--n_layer=2']
+    )
+    assert "no setting 'kernel', did you mean 'kernels'?" in sentence(
+        bench.main, ['--scale=demo', '--kernel=False']
+    )
     assert 'cannot read' in sentence(bench.main, ['--what=loader', f'--file={tmp_path / "train.bin"}'])

@@ -1,24 +1,38 @@
 """The specification of intervene.py. What an edit must do is done again by hand, in numpy and float64: `by_hand` is the whole model,
 written from the formulas, and shows every stream to a function that may change it. d dimensions, S sublayers, levels 0 … S."""
+
 import json
 import math
 import re
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from io import StringIO
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-import intervene
+from checkpoint import load_checkpoint
 from data.classes import CLASSES, classify, structure
 from data.loader import Tokens, encoding
-from intervene import CONTROLS, Edit, Reference, attention, constancy, edited, evaluate, outcome, plan, sample, states, with_controls
 from measure import bootstrap_weights
-from model import GPT, GPTConfig, build_model, load_checkpoint
+from model import GPT, GPTConfig
+from studies import intervene
+from studies.intervene import (
+    CONTROLS,
+    Edit,
+    Reference,
+    attention,
+    constancy,
+    edited,
+    evaluate,
+    outcome,
+    plan,
+    sample,
+    states,
+    with_controls,
+)
 
 N, T, D, S, K = 6, 16, 20, 4, 3
 SMALL = dict(block_size=T, vocab_size=257, n_layer=S // 2, n_head=2, n_embd=D, gate_rank=3)
@@ -26,7 +40,10 @@ ARMS = {'baseline': dict(qk_norm=True), 'ledger': dict(residual='ledger'), 'bias
 STREAMS = [('baseline', 'h'), ('ledger', 'D'), ('ledger', 'C')]
 every_stream = pytest.mark.parametrize('arm, stream', STREAMS)
 ENTRIES = dict(positions=(0, 3, 3), dims=(7, 5, 7))
-SOURCE = ''.join(f"def f{i}(x):\n    '''Adds {i * i}.'''\n    return x + {i * 37 % 101}  # {'word ' * (i % 5)}\n" for i in range(40))
+SOURCE = ''.join(
+    f"def f{i}(x):\n    '''Adds {i * i}.'''\n    return x + {i * 37 % 101}  # {'word ' * (i % 5)}\n"
+    for i in range(40)
+)
 NOTHING = Edit('stream', 'h', (), 'zero')
 
 
@@ -34,7 +51,9 @@ def write_dataset(folder, ids):
     folder.mkdir(parents=True)
     for split in ('train', 'val'):
         np.asarray(ids, '<u2').tofile(folder / f'{split}.bin')
-    (folder / 'meta.json').write_text(json.dumps({'tokenizer': 'bytes', 'vocab_size': 257, 'eot': 256, 'source': 'Python code'}))
+    (folder / 'meta.json').write_text(
+        json.dumps({'tokenizer': 'bytes', 'vocab_size': 257, 'eot': 256, 'source': 'Python code'})
+    )
     return Tokens(folder, 'val', T, 257)
 
 
@@ -66,8 +85,16 @@ def lab(tmp_path_factory):
     tokens = write_dataset(root / 'data', np.frombuffer(SOURCE.encode(), np.uint8))
     starts = tokens.fixed_starts(2 * N)
     models = {arm: random_model(arm) for arm in ARMS}
-    return SimpleNamespace(root=root, tokens=tokens, starts=starts[:N], idx=tokens.windows(starts[:N])[0], targets=tokens.windows(starts[:N])[1].numpy(),
-                           others=tokens.windows(starts[N:])[0], models=models, references={arm: Reference(models[arm], tokens, starts[N:], starts[:N], K, 4, 0) for arm in ARMS})
+    return SimpleNamespace(
+        root=root,
+        tokens=tokens,
+        starts=starts[:N],
+        idx=tokens.windows(starts[:N])[0],
+        targets=tokens.windows(starts[:N])[1].numpy(),
+        others=tokens.windows(starts[N:])[0],
+        models=models,
+        references={arm: Reference(models[arm], tokens, starts[N:], starts[:N], K, 4, 0) for arm in ARMS},
+    )
 
 
 def by_hand(model, idx, touch=lambda where, level, streams: streams):
@@ -77,38 +104,56 @@ def by_hand(model, idx, touch=lambda where, level, streams: streams):
     ledger, idx = model.config.residual == 'ledger', idx.numpy()
 
     def norm(x, gain):
-        return x / np.sqrt((x ** 2).mean(-1, keepdims=True) + 1e-6) * w[gain]
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * w[gain]
 
     def sigmoid(x):
         return 1 / (1 + np.exp(-x))
 
     def attend(u, name):
-        q, k, v = (x.reshape(*x.shape[:2], 2, -1).swapaxes(1, 2) for x in np.split(u @ w[f'{name}.qkv.weight'].T, 3, -1))
+        q, k, v = (
+            x.reshape(*x.shape[:2], 2, -1).swapaxes(1, 2)
+            for x in np.split(u @ w[f'{name}.qkv.weight'].T, 3, -1)
+        )
         if model.config.qk_norm:
             q, k = norm(q, f'{name}.q_norm.weight'), norm(k, f'{name}.k_norm.weight')
-        scores = q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1]) + np.triu(np.full((u.shape[1],) * 2, -np.inf), 1)
+        scores = q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1]) + np.triu(
+            np.full((u.shape[1],) * 2, -np.inf), 1
+        )
         p = np.exp(scores - scores.max(-1, keepdims=True))
         return (p / p.sum(-1, keepdims=True) @ v).swapaxes(1, 2).reshape(u.shape) @ w[f'{name}.proj.weight'].T
 
     def mlp(u, name):
         a = u @ w[f'{name}.fc.weight'].T + w[f'{name}.fc.bias']
-        return (a * (1 + np.vectorize(math.erf)(a / math.sqrt(2))) / 2) @ w[f'{name}.proj.weight'].T + w[f'{name}.proj.bias']
+        return (a * (1 + np.vectorize(math.erf)(a / math.sqrt(2))) / 2) @ w[f'{name}.proj.weight'].T + w[
+            f'{name}.proj.bias'
+        ]
 
-    x = w['tok_emb.weight'][idx] + w['pos_emb.weight'][:idx.shape[1]]
+    x = w['tok_emb.weight'][idx] + w['pos_emb.weight'][: idx.shape[1]]
     streams = {'D': x, 'C': 0 * x} if ledger else {'h': x}
     seen = [streams]
     for s in range(S):
         r = f'sublayers.{s}.residual'
         read = touch('reads', s, streams)
-        u = norm(read['D'] + w[f'{r}.read_scale'] * read['C'] if ledger else read['h'], f'sublayers.{s}.norm.weight')
+        u = norm(
+            read['D'] + w[f'{r}.read_scale'] * read['C'] if ledger else read['h'],
+            f'sublayers.{s}.norm.weight',
+        )
         y = (attend, mlp)[s % 2](u, f'sublayers.{s}.function')
         if ledger:
+
             def low_rank(name, z, bias=0):
                 return z @ w[f'{r}.{name}.V.weight'].T @ w[f'{r}.{name}.U.weight'].T + bias
+
             k, D_ = low_rank('erase_direction', u), streams['D']
             k = k / np.linalg.norm(k, axis=-1, keepdims=True)
-            D_ = D_ - sigmoid(low_rank('erase_gate', u, w[f'{r}.erase_gate.U.bias'])) * k * (k * D_).sum(-1, keepdims=True) \
-                + sigmoid(low_rank('write_gate', u, w[f'{r}.write_gate.U.bias'])) * (y + low_rank('write_map', y))
+            D_ = (
+                D_
+                - sigmoid(low_rank('erase_gate', u, w[f'{r}.erase_gate.U.bias']))
+                * k
+                * (k * D_).sum(-1, keepdims=True)
+                + sigmoid(low_rank('write_gate', u, w[f'{r}.write_gate.U.bias']))
+                * (y + low_rank('write_map', y))
+            )
             c = sigmoid(u @ w[f'{r}.commit_weight'] + w[f'{r}.commit_bias'])[..., None]
             streams = {'D': D_, 'C': streams['C'] + c * (D_ + low_rank('commit_map', D_))}
         else:
@@ -116,7 +161,9 @@ def by_hand(model, idx, touch=lambda where, level, streams: streams):
         streams = touch('stream', s + 1, streams)
         seen.append(streams)
     decoded = touch('decoder', S, streams)['C' if ledger else 'h']
-    return norm(decoded, 'norm.weight') @ w['head.weight'].T, {stream: np.stack([level[stream] for level in seen]) for stream in streams}
+    return norm(decoded, 'norm.weight') @ w['head.weight'].T, {
+        stream: np.stack([level[stream] for level in seen]) for stream in streams
+    }
 
 
 def losses(logits, targets):
@@ -136,7 +183,10 @@ def largest(x):
 
 def by_hand_with(lab, arm, edit):
     """Returns what an edit without a control must make of the losses, (N, T)."""
-    others, own = by_hand(lab.models[arm], lab.others)[1][edit.stream], by_hand(lab.models[arm], lab.idx)[1][edit.stream]
+    others, own = (
+        by_hand(lab.models[arm], lab.others)[1][edit.stream],
+        by_hand(lab.models[arm], lab.idx)[1][edit.stream],
+    )
 
     def touch(where, level, streams):
         if where != edit.where or level not in edit.levels:
@@ -153,6 +203,7 @@ def by_hand_with(lab, arm, edit):
             for t, j in zip(edit.positions or [slice(None)] * len(edit.dims), edit.dims):
                 x[:, t, j] = others[level][:, t, j].mean(0) if edit.how == 'mean' else 0
         return {**streams, edit.stream: x}
+
     return losses(by_hand(lab.models[arm], lab.idx, touch)[0], lab.targets)
 
 
@@ -162,13 +213,30 @@ def evaluated(lab, arm, edits, batch_size=4):
 
 # ---- edits
 
-PLACES = {'once': ('stream', (2,)), 'downstream': ('stream', (1, 2, 3, 4)), 'reads': ('reads', (0, 1, 2, 3)), 'decoder': ('decoder', (4,))}
+PLACES = {
+    'once': ('stream', (2,)),
+    'downstream': ('stream', (1, 2, 3, 4)),
+    'reads': ('reads', (0, 1, 2, 3)),
+    'decoder': ('decoder', (4,)),
+}
 
 
-@pytest.mark.parametrize('arm, stream, place', [(*names, place) for names in STREAMS for place in PLACES if names[1] != 'D' or place in ('once', 'downstream')])
+@pytest.mark.parametrize(
+    'arm, stream, place',
+    [
+        (*names, place)
+        for names in STREAMS
+        for place in PLACES
+        if names[1] != 'D' or place in ('once', 'downstream')
+    ],
+)
 def test_an_edit_is_the_tensor_changed_by_hand(lab, arm, stream, place):
     where, levels = PLACES[place]
-    edits = [Edit(where, stream, levels, how, **entries) for how in ('zero', 'mean') for entries in (ENTRIES, dict(dims=(5, 7)))]
+    edits = [
+        Edit(where, stream, levels, how, **entries)
+        for how in ('zero', 'mean')
+        for entries in (ENTRIES, dict(dims=(5, 7)))
+    ]
     edits.append(Edit(where, stream, levels, 'clip', quantile=0.9))
     edits += [Edit(where, stream, levels, how, own=2) for how in ('zero', 'mean')]
     before, after = evaluated(lab, arm, edits)
@@ -182,7 +250,11 @@ def test_an_edit_is_the_tensor_changed_by_hand(lab, arm, stream, place):
 @pytest.mark.parametrize('where', ['stream', 'reads', 'decoder'])
 @pytest.mark.parametrize('control', ['', 'random', 'moved'])
 def test_an_intervention_of_no_entries_changes_no_bit(lab, arm, stream, where, control):
-    edits = [Edit(where, stream, (1, 2, 3), how, positions=positions, control=control) for how in ('zero', 'mean') for positions in ((), None)]
+    edits = [
+        Edit(where, stream, (1, 2, 3), how, positions=positions, control=control)
+        for how in ('zero', 'mean')
+        for positions in ((), None)
+    ]
     before, after = evaluated(lab, arm, [*edits, replace(NOTHING, stream=stream)])
     assert all((losses == before).all() for losses in after.values())
 
@@ -193,7 +265,9 @@ def test_what_an_edit_does_not_reach_is_not_computed_again_and_no_bit_differs(la
     _, after = evaluated(lab, arm, [edit], N)
     model, reference = lab.models[arm], lab.references[arm]
     with torch.no_grad(), edited(model, edit, reference, range(N)):
-        whole = torch.nn.functional.cross_entropy(model(lab.idx).flatten(0, 1), torch.from_numpy(lab.targets).flatten(), reduction='none')
+        whole = torch.nn.functional.cross_entropy(
+            model(lab.idx).flatten(0, 1), torch.from_numpy(lab.targets).flatten(), reduction='none'
+        )
     assert (whole.view(N, T).numpy() == after[edit]).all()
 
 
@@ -203,7 +277,10 @@ def test_the_model_is_as_before_after_an_edit_even_one_that_failed(lab, arm, str
     with torch.no_grad():
         before = model(lab.idx)
         for where in ('stream', 'reads', 'decoder'):
-            with pytest.raises(RuntimeError), edited(model, Edit(where, stream, (1, 2), 'zero', **ENTRIES), reference, range(N)):
+            with (
+                pytest.raises(RuntimeError),
+                edited(model, Edit(where, stream, (1, 2), 'zero', **ENTRIES), reference, range(N)),
+            ):
                 assert not torch.equal(model(lab.idx), before)
                 raise RuntimeError
             assert torch.equal(model(lab.idx), before)
@@ -239,7 +316,13 @@ def test_without_the_read_coupling_the_ledger_is_one_whose_lambda_is_zero(lab):
 
 @every_stream
 def test_batches_do_not_matter(lab, arm, stream):
-    edits = [edit for entries in (ENTRIES, dict(own=1)) for edit in with_controls(Edit('stream', stream, (1, 2), 'zero', **entries), lab.references[arm], 1).values()]
+    edits = [
+        edit
+        for entries in (ENTRIES, dict(own=1))
+        for edit in with_controls(
+            Edit('stream', stream, (1, 2), 'zero', **entries), lab.references[arm], 1
+        ).values()
+    ]
     results = [evaluated(lab, arm, edits, batch_size)[1] for batch_size in (1, N)]
     for edit in edits:
         np.testing.assert_allclose(results[0][edit], results[1][edit], atol=1e-5)
@@ -248,7 +331,13 @@ def test_batches_do_not_matter(lab, arm, stream):
 @pytest.mark.gpu
 def test_a_gpu_gives_the_same_losses(lab):
     for arm, stream in STREAMS:
-        edits = [edit for result in plan(lab.references[arm], stream, 1, ('zero', 'mean', 'clip'), stream != 'D', arm != 'ledger') for edit in result['group'].values()]
+        edits = [
+            edit
+            for result in plan(
+                lab.references[arm], stream, 1, ('zero', 'mean', 'clip'), stream != 'D', arm != 'ledger'
+            )
+            for edit in result['group'].values()
+        ]
         model = random_model(arm).cuda()
         reference = Reference(model, lab.tokens, lab.tokens.fixed_starts(2 * N)[N:], lab.starts, K, 4, 0)
         before, after = evaluate(model, lab.tokens, lab.starts, edits, reference, 4)
@@ -261,23 +350,33 @@ def test_a_gpu_gives_the_same_losses(lab):
 
 # ---- which entries, and their controls
 
+
 @every_stream
 def test_the_largest_dimensions_are_chosen_on_other_windows(lab, arm, stream):
     a = np.abs(by_hand(lab.models[arm], lab.others)[1][stream][2]).mean(0)
-    assert lab.references[arm].pick(stream, 2) == {'start': ((0,) * K, tuple(np.argsort(-a[0])[:K])), 'dims': (None, tuple(np.argsort(-a.mean(0))[:K]))}
+    assert lab.references[arm].pick(stream, 2) == {
+        'start': ((0,) * K, tuple(np.argsort(-a[0])[:K])),
+        'dims': (None, tuple(np.argsort(-a.mean(0))[:K])),
+    }
     t = a.argmax() // D
-    assert lab.references[arm].standout(stream, 2) == pytest.approx(a.max() / np.sort(a[t])[(D - 1) // 2], rel=1e-4)
+    assert lab.references[arm].standout(stream, 2) == pytest.approx(
+        a.max() / np.sort(a[t])[(D - 1) // 2], rel=1e-4
+    )
 
 
 @every_stream
 def test_top_are_the_largest_entries_of_each_evaluated_sequence_itself(lab, arm, stream):
     reference, x = lab.references[arm], by_hand(lab.models[arm], lab.idx)[1][stream][2]
     own = [largest(sequence) for sequence in x]
-    assert [list(zip(*reference.entries(Edit('stream', stream, (3,), 'zero', own=2), n))) for n in range(N)] == own
+    assert [
+        list(zip(*reference.entries(Edit('stream', stream, (3,), 'zero', own=2), n))) for n in range(N)
+    ] == own
     assert len(set(map(tuple, own))) > 1, 'not the same in all'
     entries, share = reference.common(stream, 2)
     counts = {entry: sum(entry in of for of in own) for of in own for entry in of}
-    assert [counts[tuple(entry)] for entry in entries] == sorted(counts.values(), reverse=True)[:K] and share == pytest.approx(counts[tuple(entries[0])] / N)
+    assert [counts[tuple(entry)] for entry in entries] == sorted(counts.values(), reverse=True)[
+        :K
+    ] and share == pytest.approx(counts[tuple(entries[0])] / N)
 
 
 @every_stream
@@ -285,7 +384,10 @@ def test_a_position_that_clip_edits_has_an_entry_over_the_limit(lab, arm, stream
     x, others = (by_hand(lab.models[arm], idx)[1][stream] for idx in (lab.idx, lab.others))
     for quantile in (0.99, 0.9):
         over = [(np.abs(x[level]) > limit_of(others[level], quantile)).any(-1) for level in (2, 3)]
-        once, twice = (lab.references[arm].touched(Edit('stream', stream, levels, 'clip', quantile=quantile), N) for levels in ((2,), (2, 3)))
+        once, twice = (
+            lab.references[arm].touched(Edit('stream', stream, levels, 'clip', quantile=quantile), N)
+            for levels in ((2,), (2, 3))
+        )
         assert (once == over[0]).all() and (twice == over[0] | over[1]).all() and over[0].any()
         change = seen_in(lab, arm, Edit('stream', stream, (2,), 'clip', quantile=quantile))
         assert ((change != 0).any(-1) == over[0]).all()
@@ -294,7 +396,10 @@ def test_a_position_that_clip_edits_has_an_entry_over_the_limit(lab, arm, stream
 def candidates(lab, magnitude, standouts):
     """What `auto` takes of a stream whose mean magnitude and standout after every sublayer are these."""
     reference = object.__new__(Reference)
-    reference.S, reference.magnitude = len(magnitude), {'C': torch.tensor([0, *magnitude])[:, None, None].expand(-1, 2, 2)}
+    reference.S, reference.magnitude = (
+        len(magnitude),
+        {'C': torch.tensor([0, *magnitude])[:, None, None].expand(-1, 2, 2)},
+    )
     reference.standout = lambda stream, level: standouts[level - 1]
     return reference.peak('C')
 
@@ -320,7 +425,9 @@ def seen_in(lab, arm, edit):
 
 
 @every_stream
-@pytest.mark.parametrize('entries', [ENTRIES, dict(dims=(5, 7)), dict(own=2)], ids=['entries', 'dimensions', 'own'])
+@pytest.mark.parametrize(
+    'entries', [ENTRIES, dict(dims=(5, 7)), dict(own=2)], ids=['entries', 'dimensions', 'own']
+)
 def test_random_entries_are_as_many_others_and_not_the_same_in_every_sequence(lab, arm, stream, entries):
     edit = Edit('stream', stream, (2,), 'zero', **entries)
     change = seen_in(lab, arm, replace(edit, control='random'))
@@ -332,7 +439,11 @@ def test_random_entries_are_as_many_others_and_not_the_same_in_every_sequence(la
 
 
 @every_stream
-@pytest.mark.parametrize('entries', [ENTRIES, dict(dims=(5, 7)), dict(own=2), dict(quantile=0.9)], ids=['entries', 'dimensions', 'own', 'clip'])
+@pytest.mark.parametrize(
+    'entries',
+    [ENTRIES, dict(dims=(5, 7)), dict(own=2), dict(quantile=0.9)],
+    ids=['entries', 'dimensions', 'own', 'clip'],
+)
 def test_a_moved_change_is_as_large_in_every_token_but_in_other_dimensions(lab, arm, stream, entries):
     edit = Edit('stream', stream, (2,), 'clip' if 'quantile' in entries else 'zero', **entries)
     change, moved = seen_in(lab, arm, edit), seen_in(lab, arm, replace(edit, control='moved'))
@@ -350,7 +461,10 @@ def test_moved_again_downstream_a_change_does_not_add_up(lab, entries):
         for parameter in sublayer.function.proj.parameters():
             parameter.zero_()
     reference = Reference(model, lab.tokens, lab.starts, lab.starts, K, 4, 0)
-    once, downstream = (Edit('stream', 'h', levels, 'clip' if 'quantile' in entries else 'zero', control='moved', **entries) for levels in ((1,), (1, 2, 3, 4)))
+    once, downstream = (
+        Edit('stream', 'h', levels, 'clip' if 'quantile' in entries else 'zero', control='moved', **entries)
+        for levels in ((1,), (1, 2, 3, 4))
+    )
     with edited(model, once, reference, range(N)):
         expected = states(model, lab.idx)[0][S]['h']
     assert not torch.allclose(expected, states(model, lab.idx)[0][S]['h'])
@@ -359,7 +473,9 @@ def test_moved_again_downstream_a_change_does_not_add_up(lab, entries):
             torch.testing.assert_close(states(model, lab.idx)[0][S]['h'], expected, rtol=0, atol=1e-5)
 
 
-def test_the_other_controls_are_median_dimensions_at_the_start_and_the_same_dimensions_half_a_window_away(lab):
+def test_the_other_controls_are_median_dimensions_at_the_start_and_the_same_dimensions_half_a_window_away(
+    lab,
+):
     reference = lab.references['ledger']
     group = with_controls(Edit('stream', 'C', (2,), 'zero', **ENTRIES), reference, 2)
     assert set(group) == {'edit', *CONTROLS}
@@ -367,14 +483,20 @@ def test_the_other_controls_are_median_dimensions_at_the_start_and_the_same_dime
     ranks = np.argsort(np.argsort(start))[list(group['median'].dims)]
     assert group['median'].positions == (0, 0, 0) and set(ranks) == {8, 9, 10}
     assert reference.entries(group['other'], 0) == ([8, 11, 11], ENTRIES['dims'])
-    assert all(replace(edit, positions=(), dims=(), control='') == replace(group['edit'], positions=(), dims=()) for edit in group.values())
+    assert all(
+        replace(edit, positions=(), dims=(), control='') == replace(group['edit'], positions=(), dims=())
+        for edit in group.values()
+    )
 
 
 def test_the_controls_of_a_sequences_own_entries_are_made_from_them(lab):
     reference = lab.references['ledger']
     group = with_controls(Edit('stream', 'C', (2, 3), 'zero', own=2), reference, 2)
     assert set(group) == {'edit', *CONTROLS}
-    assert group['median'] == with_controls(Edit('stream', 'C', (2, 3), 'zero', **ENTRIES), reference, 2)['median']
+    assert (
+        group['median']
+        == with_controls(Edit('stream', 'C', (2, 3), 'zero', **ENTRIES), reference, 2)['median']
+    )
     for n in range(N):
         positions, dims = reference.entries(group['edit'], n)
         assert reference.entries(group['moved'], n) == (positions, dims)
@@ -385,11 +507,22 @@ def test_the_controls_of_a_sequences_own_entries_are_made_from_them(lab):
 def test_every_planned_result_has_its_controls(lab, arm, stream):
     results = plan(lab.references[arm], stream, 1, ('zero', 'mean', 'clip'), stream != 'D', arm != 'ledger')
     for result in results:
-        assert set(result['group']) == {'edit', 'moved'} | (set() if result['what'] == 'all' else {'random', 'median'}) | ({'other'} if result['what'] in ('top', 'start', 'last start') else set())
+        assert set(result['group']) == {'edit', 'moved'} | (
+            set() if result['what'] == 'all' else {'random', 'median'}
+        ) | ({'other'} if result['what'] in ('top', 'start', 'last start') else set())
     made = {(r['where'], r['what'], r['how'], r['reach']) for r in results}
     assert len(made) == len(results)
-    assert {('stream', what, how, reach) for what in ('top', 'start', 'dims') for how in ('zero', 'mean') for reach in ('once', 'downstream')} <= made
-    assert {('stream', 'all', f'clip {q}', reach) for q in (0.9999, 0.999, 0.99, 0.9) for reach in ('once', 'downstream')} <= made
+    assert {
+        ('stream', what, how, reach)
+        for what in ('top', 'start', 'dims')
+        for how in ('zero', 'mean')
+        for reach in ('once', 'downstream')
+    } <= made
+    assert {
+        ('stream', 'all', f'clip {q}', reach)
+        for q in (0.9999, 0.999, 0.99, 0.9)
+        for reach in ('once', 'downstream')
+    } <= made
     assert ({'reads', 'decoder'} <= {where for where, *_ in made}) == (stream != 'D')
     assert (('reads', 'all', 'zero', 'every') in made) == (stream == 'C')
 
@@ -397,15 +530,21 @@ def test_every_planned_result_has_its_controls(lab, arm, stream):
 def test_the_decoder_loses_what_the_reads_lose_and_what_is_largest_at_its_own_place(lab):
     reference = lab.references['ledger']
     for s in (1, S - 1):
-        dims = {(r['where'], r['what']): r['group']['edit'].dims for r in plan(reference, 'C', s, ('zero',), True, False)}
+        dims = {
+            (r['where'], r['what']): r['group']['edit'].dims
+            for r in plan(reference, 'C', s, ('zero',), True, False)
+        }
         last = reference.pick('C', S)
         for what in ('start', 'dims'):
             assert dims['decoder', what] == dims['reads', what] == reference.pick('C', s + 1)[what][1]
-            assert dims.get(('decoder', f'last {what}')) == (None if set(last[what][1]) == set(dims['decoder', what]) else last[what][1])
+            assert dims.get(('decoder', f'last {what}')) == (
+                None if set(last[what][1]) == set(dims['decoder', what]) else last[what][1]
+            )
         assert any(what.startswith('last') for _, what in dims) == (s == 1)
 
 
 # ---- what is reported
+
 
 def test_losses_at_edited_and_at_later_positions_are_apart_with_intervals_over_sequences():
     rng = np.random.default_rng(0)
@@ -415,15 +554,28 @@ def test_losses_at_edited_and_at_later_positions_are_apart_with_intervals_over_s
     at = np.array([np.isin(np.arange(T), of) for of in positions])
     got = outcome(before, after, at, weights, {'class': (classes, ('keyword', 'name'))})
     change, t = after - before, np.arange(T)
-    masks = {'edited': np.array([(t == 2 + n) | (t == 4 + n) for n in range(N)]), 'later': np.array([(t > 2 + n) & (t != 4 + n) for n in range(N)]),
-             'keyword': classes == 0, 'name': classes == 1, 'all': np.ones((N, T), bool)}
+    masks = {
+        'edited': np.array([(t == 2 + n) | (t == 4 + n) for n in range(N)]),
+        'later': np.array([(t > 2 + n) & (t != 4 + n) for n in range(N)]),
+        'keyword': classes == 0,
+        'name': classes == 1,
+        'all': np.ones((N, T), bool),
+    }
     for name, mask in masks.items():
         replicates = np.array([sum(w @ (change * mask)) / sum(w @ mask) for w in weights if w.any()])
         replicates = np.exp(replicates) if name == 'all' else replicates
         expected = [replicates[0], *np.quantile(replicates[1:], (0.025, 0.975))]
-        value = list(got['ratio'].values()) if name == 'all' else list(got[name].values()) if name in got else got['by']['class'][name]
+        value = (
+            list(got['ratio'].values())
+            if name == 'all'
+            else list(got[name].values())
+            if name in got
+            else got['by']['class'][name]
+        )
         np.testing.assert_allclose(value, expected, rtol=1e-5)
-    assert got['loss'] == pytest.approx(after.mean()) and got['perplexity'] == pytest.approx(math.exp(after.mean()))
+    assert got['loss'] == pytest.approx(after.mean()) and got['perplexity'] == pytest.approx(
+        math.exp(after.mean())
+    )
     assert outcome(before, after, np.ones((N, T), bool), weights, {})['later'] is None
 
 
@@ -433,16 +585,28 @@ def test_there_is_no_interval_over_fewer_than_five_sequences():
     for carrying in (4, 5):
         classes = np.zeros((N, T), int)
         classes[:carrying, 3] = 1
-        value, *interval = outcome(before, after, classes == 1, bootstrap_weights(0, range(N), 50), {'class': (classes, ('name', 'keyword'))})['by']['class']['keyword']
+        value, *interval = outcome(
+            before,
+            after,
+            classes == 1,
+            bootstrap_weights(0, range(N), 50),
+            {'class': (classes, ('name', 'keyword'))},
+        )['by']['class']['keyword']
         assert value == pytest.approx((after - before)[:carrying, 3].mean(), rel=1e-5)
         assert (interval == [None, None]) == (carrying == 4)
 
 
 def test_what_every_sequence_gets_alike_is_a_constant_and_what_has_no_mean_is_none():
     rng, n = np.random.default_rng(0), 16
-    x = {'constant': np.broadcast_to(rng.normal(size=(4, 300)), (n, 4, 300)), 'independent': rng.normal(size=(n, 4, 300))}
+    x = {
+        'constant': np.broadcast_to(rng.normal(size=(4, 300)), (n, 4, 300)),
+        'independent': rng.normal(size=(n, 4, 300)),
+    }
     x['half'] = x['constant'] + x['independent']
-    got = {name: constancy(np.square(v.mean(0)).sum(-1), np.square(v).sum(-1).mean(0), n) for name, v in x.items()}
+    got = {
+        name: constancy(np.square(v.mean(0)).sum(-1), np.square(v).sum(-1).mean(0), n)
+        for name, v in x.items()
+    }
     assert got['constant'] == pytest.approx(1) and got['constant'] <= 1
     assert 0 <= got['independent'] < 0.02  # the norm of a mean over the mean of norms would be 1/4
     assert got['half'] == pytest.approx(0.5, abs=0.05)
@@ -452,8 +616,10 @@ def test_predictions_are_labelled_by_class_position_and_distance_from_the_last_l
     labels, kinds = intervene.label(lab.tokens, lab.starts, {'tokenizer': 'bytes', 'source': 'Python code'})
     named = {name: np.array(of, dtype=object)[places] for name, (places, of) in labels.items()}
     for n, start in enumerate(lab.starts):
-        window = np.fromfile(lab.tokens.path, '<u2')[start:start + T + 1]
-        assert [CLASSES['python'][k] for k in classify(window, encoding('bytes'), 'python')[1:]] == named['class'][n].tolist()
+        window = np.fromfile(lab.tokens.path, '<u2')[start : start + T + 1]
+        assert [CLASSES['python'][k] for k in classify(window, encoding('bytes'), 'python')[1:]] == named[
+            'class'
+        ][n].tolist()
         assert kinds[n].tolist() == classify(window, encoding('bytes'), 'python')[:-1].tolist()
         for t, since in enumerate(structure(window, encoding('bytes'))['since_line'][1:]):
             for name, value in (('position', t), ('since_line', since)):
@@ -465,39 +631,71 @@ def test_predictions_are_labelled_by_class_position_and_distance_from_the_last_l
 def test_the_sinks_and_what_a_position_adds_to_later_outputs_are_those_of_the_formula(lab, arm):
     model, edit = lab.models[arm], Edit('stream', 'h', (1,), 'zero', positions=(0,), dims=(5,))
     reads = []
-    handle = model.sublayers[2].function.register_forward_pre_hook(lambda _, inputs: reads.append(inputs[0].double().numpy()))
+    handle = model.sublayers[2].function.register_forward_pre_hook(
+        lambda _, inputs: reads.append(inputs[0].double().numpy())
+    )
     sinks, constants = attention(model, lab.tokens, lab.starts, N, lab.references[arm], edit, (0, 3))
     handle.remove()
     layer = model.sublayers[2].function
     with torch.no_grad():
-        q, k, v = (x.double().numpy() for x in layer.heads(*layer.qkv(torch.from_numpy(reads[0]).float()).chunk(3, -1)))
+        q, k, v = (
+            x.double().numpy()
+            for x in layer.heads(*layer.qkv(torch.from_numpy(reads[0]).float()).chunk(3, -1))
+        )
     if arm == 'bias':
-        q, k = (np.concatenate([np.broadcast_to(first.detach().double().numpy().reshape(1, 2, 1, -1), (N, 2, 1, D // 2)), x], 2)
-                for first, x in ((0 * layer.bias_k, q), (layer.bias_k, k)))
+        q, k = (
+            np.concatenate(
+                [np.broadcast_to(first.detach().double().numpy().reshape(1, 2, 1, -1), (N, 2, 1, D // 2)), x],
+                2,
+            )
+            for first, x in ((0 * layer.bias_k, q), (layer.bias_k, k))
+        )
     scores = q @ k.swapaxes(-1, -2) / math.sqrt(D // 2) + np.triu(np.full((q.shape[2],) * 2, -np.inf), 1)
     p = (np.exp(scores) / np.exp(scores).sum(-1, keepdims=True))[:, :, -T:, -T:]
     np.testing.assert_allclose(sinks[1], p[..., 0].mean((0, 2)), rtol=1e-4)
     W = layer.proj.weight.detach().double().numpy()
     for t in (0, 3):
         for head in range(2):
-            added = p[:, head, t:, t].mean(1)[:, None] * (v[:, head, t] @ W[:, head * D // 2:(head + 1) * D // 2].T)
-            np.testing.assert_allclose(constants[t][:, 1, head], [np.square(added.mean(0)).sum(), np.square(added).sum(1).mean()], rtol=1e-4)
+            added = p[:, head, t:, t].mean(1)[:, None] * (
+                v[:, head, t] @ W[:, head * D // 2 : (head + 1) * D // 2].T
+            )
+            np.testing.assert_allclose(
+                constants[t][:, 1, head],
+                [np.square(added.mean(0)).sum(), np.square(added).sum(1).mean()],
+                rtol=1e-4,
+            )
 
 
 def test_continuations_differ_only_by_the_edit(lab):
     model, reference, prompts = lab.models['baseline'], lab.references['baseline'], lab.idx[:3, :8]
-    drawn = [sample(model, prompts, 20, seed, reference, edit) for seed, edit in
-             ((0, NOTHING), (0, Edit('stream', 'h', (1, 2), 'zero', (), ())), (0, Edit('stream', 'h', (1, 2, 3, 4), 'zero', dims=(5, 7))), (1, NOTHING))]
+    drawn = [
+        sample(model, prompts, 20, seed, reference, edit)
+        for seed, edit in (
+            (0, NOTHING),
+            (0, Edit('stream', 'h', (1, 2), 'zero', (), ())),
+            (0, Edit('stream', 'h', (1, 2, 3, 4), 'zero', dims=(5, 7))),
+            (1, NOTHING),
+        )
+    ]
     assert drawn[0].shape == (3, 20) and torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[3])
 
 
 # ---- the command
 
+
 def save(model, root, data, name):
     path = root / 'out' / name / 'ckpt.pt'
     path.parent.mkdir(parents=True)
-    torch.save({'model': model.state_dict(), 'model_args': asdict(model.config), 'iter_num': 3, 'config': {'dataset': str(data)}}, path)
+    torch.save(
+        {
+            'model': model.state_dict(),
+            'model_args': asdict(model.config),
+            'iter_num': 3,
+            'config': {'dataset': str(data)},
+        },
+        path,
+    )
     return path
 
 
@@ -521,9 +719,13 @@ def planted(functional):
 def test_removing_a_planted_outlier_hurts_if_the_model_lives_on_it_and_not_otherwise(tmp_path, functional):
     write_dataset(tmp_path / 'data', np.where(np.random.default_rng(0).random(1000) < 0.95, 97, 98))
     path = save(planted(functional), tmp_path, tmp_path / 'data', 'planted')
-    args = intervene.parse_arguments(['--ckpt', str(path), '--how=zero', '--top=1', '--sequences=8', '--device=cpu'])
+    args = intervene.parse_arguments(
+        ['--ckpt', str(path), '--how=zero', '--top=1', '--sequences=8', '--device=cpu']
+    )
     tokens = Tokens(tmp_path / 'data', 'val', T, 257)
-    report, _ = intervene.intervene(load_checkpoint(path), path, tokens, json.loads((tmp_path / 'data/meta.json').read_text()), args)
+    report, _ = intervene.intervene(
+        load_checkpoint(path), path, tokens, json.loads((tmp_path / 'data/meta.json').read_text()), args
+    )
     for result in report['results'] + [result for result in report['sweep'] if result['sublayer'] < 2]:
         if result['where'] == 'stream' and result['what'] in ('top', 'start'):
             assert result['entries'] == [[0, 3]]
@@ -531,7 +733,9 @@ def test_removing_a_planted_outlier_hurts_if_the_model_lives_on_it_and_not_other
             if functional:
                 assert result['edit']['ratio']['low'] > 10 and later['low'] > 2
             else:
-                assert result['edit']['ratio']['value'] == pytest.approx(1, abs=0.1) and later['value'] == pytest.approx(0, abs=1e-6)
+                assert result['edit']['ratio']['value'] == pytest.approx(1, abs=0.1) and later[
+                    'value'
+                ] == pytest.approx(0, abs=1e-6)
             for control in result['controls'].values():
                 assert control['ratio']['value'] == pytest.approx(1, abs=0.3)
     assert report['attention']['unedited']['by_layer'][1] > 0.5  # of two heads, one looks everywhere
@@ -551,28 +755,65 @@ def ran(lab):
     path, used = save(lab.models['ledger'], lab.root, lab.root / 'data', 'run'), {}
     with pytest.MonkeyPatch.context() as patch:
         for name in ('Reference', 'evaluate'):
-            patch.setattr(intervene, name, lambda model, tokens, starts, *rest, name=name, true=getattr(intervene, name):
-                          used.setdefault(name, set(starts.tolist())) and true(model, tokens, starts, *rest))
+            patch.setattr(
+                intervene,
+                name,
+                lambda model, tokens, starts, *rest, name=name, true=getattr(intervene, name): (
+                    used.setdefault(name, set(starts.tolist())) and true(model, tokens, starts, *rest)
+                ),
+            )
         printed = command('--ckpt', path.parent, '--sequences=6', '--top=2')
-    return SimpleNamespace(out=path.parent, printed=printed, used=used, report=json.loads((path.parent / 'intervene.json').read_text(), parse_constant=lambda name: pytest.fail(f'{name} is not JSON')))
+    return SimpleNamespace(
+        out=path.parent,
+        printed=printed,
+        used=used,
+        report=json.loads(
+            (path.parent / 'intervene.json').read_text(),
+            parse_constant=lambda name: pytest.fail(f'{name} is not JSON'),
+        ),
+    )
 
 
 def test_the_command_writes_a_report_and_two_figures_and_prints_at_most_110_columns(ran):
-    assert {path.name for path in ran.out.iterdir()} == {'ckpt.pt', 'intervene.json', 'intervene.png', 'intervene_class.png'}
-    assert all((ran.out / name).read_bytes().startswith(b'\x89PNG') for name in ('intervene.png', 'intervene_class.png'))
-    assert max(len(line) for line in ran.printed.splitlines() if not line.startswith('written: ')) <= 110  # where to is not ours to shorten
+    assert {path.name for path in ran.out.iterdir()} == {
+        'ckpt.pt',
+        'intervene.json',
+        'intervene.png',
+        'intervene_class.png',
+    }
+    assert all(
+        (ran.out / name).read_bytes().startswith(b'\x89PNG')
+        for name in ('intervene.png', 'intervene_class.png')
+    )
+    assert (
+        max(len(line) for line in ran.printed.splitlines() if not line.startswith('written: ')) <= 110
+    )  # where to is not ours to shorten
 
 
 def test_entries_are_not_chosen_on_the_windows_that_are_evaluated(ran):
-    assert len(ran.used['evaluate']) == 6 and len(ran.used['Reference']) == ran.report['data']['calibration'] >= 100 and not ran.used['Reference'] & ran.used['evaluate']
+    assert (
+        len(ran.used['evaluate']) == 6
+        and len(ran.used['Reference']) == ran.report['data']['calibration'] >= 100
+        and not ran.used['Reference'] & ran.used['evaluate']
+    )
 
 
 def test_every_result_stands_beside_its_controls(ran):
     results = ran.report['results'] + ran.report['sweep']
     assert all('moved' in result['controls'] for result in results)
-    assert {(r['stream'], r['what'], r['sublayer']) for r in ran.report['sweep']} == \
-        {(stream, what, s) for stream in 'DC' for what in ('top', 'start', 'dims') for s in range(S) if (stream, s) != ('D', S - 1)}
-    assert {(r['where'], r['reach']) for r in ran.report['results'] if r['stream'] == 'C'} == {('stream', 'once'), ('stream', 'downstream'), ('reads', 'every'), ('decoder', '')}
+    assert {(r['stream'], r['what'], r['sublayer']) for r in ran.report['sweep']} == {
+        (stream, what, s)
+        for stream in 'DC'
+        for what in ('top', 'start', 'dims')
+        for s in range(S)
+        if (stream, s) != ('D', S - 1)
+    }
+    assert {(r['where'], r['reach']) for r in ran.report['results'] if r['stream'] == 'C'} == {
+        ('stream', 'once'),
+        ('stream', 'downstream'),
+        ('reads', 'every'),
+        ('decoder', ''),
+    }
     ratios = [line for line in ran.printed.splitlines() if re.search(r'\[\S+, \S+\]', line)]
     assert len(ratios) == len(results) and all(line.partition('|')[2].strip() for line in ratios)
 
@@ -580,7 +821,9 @@ def test_every_result_stands_beside_its_controls(ran):
 def test_the_breakdowns_add_up_to_the_whole(ran):
     whole = ran.report['loss']['value']
     for name, rows in ran.report['before'].items():
-        assert sum(row['share'] for row in rows.values()) == pytest.approx(1, abs=1e-6) and all(1 <= row['sequences'] <= 6 for row in rows.values())
+        assert sum(row['share'] for row in rows.values()) == pytest.approx(1, abs=1e-6) and all(
+            1 <= row['sequences'] <= 6 for row in rows.values()
+        )
         assert sum(row['share'] * row['loss'] for row in rows.values()) == pytest.approx(whole, rel=1e-5)
         for result in ran.report['results']:
             for of in (result['edit'], *result['controls'].values()):
@@ -594,18 +837,31 @@ def test_the_breakdowns_add_up_to_the_whole(ran):
 
 def test_what_is_not_finite_is_printed_as_a_dash(ran, capsys):
     def broken(x):
-        return {k: broken(v) for k, v in x.items()} if isinstance(x, dict) else [broken(v) for v in x] if isinstance(x, list) else None if isinstance(x, float) else x
+        return (
+            {k: broken(v) for k, v in x.items()}
+            if isinstance(x, dict)
+            else [broken(v) for v in x]
+            if isinstance(x, list)
+            else None
+            if isinstance(x, float)
+            else x
+        )
+
     report = broken(ran.report) | {'sweep': []}
     for of in report['before'].values():
         for row in of.values():
             row['share'] = 0.5  # counted, so always a number
     intervene.print_report('broken', report)
-    intervene.print_details(report, {stream: [r for r in report['results'] if r['stream'] == stream] for stream in 'DC'})
+    intervene.print_details(
+        report, {stream: [r for r in report['results'] if r['stream'] == stream] for stream in 'DC'}
+    )
     printed = capsys.readouterr().out
     assert 'nan' not in printed and 'None' not in printed and '– [–, –]' in printed
 
 
-def test_the_stream_that_is_not_decoded_is_refused_after_the_last_sublayer_before_anything_is_computed(ran, monkeypatch):
+def test_the_stream_that_is_not_decoded_is_refused_after_the_last_sublayer_before_anything_is_computed(
+    ran, monkeypatch
+):
     monkeypatch.setattr(intervene, 'Reference', None)
     with pytest.raises(SystemExit, match='nothing reads that'):
         command('--ckpt', ran.out, '--stream=D', f'--sublayer={S - 1}')
@@ -619,7 +875,9 @@ def test_two_runs_of_the_command_say_the_same(ran, tmp_path):
         reports.append((tmp_path / name / 'run/intervene.json').read_bytes())
     results = json.loads(reports[0])['results']
     assert reports[0] == reports[1] and {(r['stream'], r['sublayer']) for r in results} == {('C', 2)}
-    assert ('reads', 'all') in {(r['where'], r['what']) for r in results}, 'the read coupling is there when C is looked at alone'
+    assert ('reads', 'all') in {(r['where'], r['what']) for r in results}, (
+        'the read coupling is there when C is looked at alone'
+    )
 
 
 def test_a_small_set_leaves_fewer_windows_to_choose_on_but_eight_at_least(ran, tmp_path):
@@ -636,14 +894,16 @@ def test_a_small_set_leaves_fewer_windows_to_choose_on_but_eight_at_least(ran, t
 def test_a_set_that_is_too_small_for_any_number_of_sequences_is_to_be_replaced(ran, tmp_path):
     write_dataset(tmp_path / 'data', [97] * T * 9)
     with pytest.raises(SystemExit, match='holds 8 windows: name a larger set with --data'):
-        command('--ckpt', ran.out, f"--data={tmp_path / 'data'}", '--sequences=2')
+        command('--ckpt', ran.out, f'--data={tmp_path / "data"}', '--sequences=2')
 
 
 @pytest.mark.parametrize('low, high', [(0.9, 1.004), (0.999999, 1.000002), (0.5, 40), (1, 1e9), (0.98, 200)])
 def test_a_ratio_of_one_can_be_read_off_every_axis(low, high):
     import matplotlib
+
     matplotlib.use('Agg')
     from matplotlib import pyplot
+
     drawing, axis = pyplot.subplots()
     axis.set(xscale='log', xlim=(low, high))
     intervene.ratio_ticks(axis.xaxis)
@@ -652,11 +912,27 @@ def test_a_ratio_of_one_can_be_read_off_every_axis(low, high):
     pyplot.close(drawing)
 
 
-@pytest.mark.parametrize('flags, sentence', [
-    (['--stream=h'], "--stream=h, but .* has D and C"), (['--sublayer=4'], 'sublayers 0 to 3'), (['--sublayer=last'], 'expected auto, all or a number'),
-    (['--top=6'], 'ask for fewer'), (['--top=0'], 'at least 1'), (['--sequences=1'], 'at least 1 and 2'), (['--sequences=100000'], r'ask for at most \d+$'), (['--stream=D', '--sublayer=3'], 'nothing reads that'),
-    (['--seed=-1'], 'whole number'), (['--data=nowhere'], 'cannot read'), (['--out=/dev/null/out'], 'cannot write')])
+@pytest.mark.parametrize(
+    'flags, sentence',
+    [
+        (['--stream=h'], '--stream=h, but .* has D and C'),
+        (['--sublayer=4'], 'sublayers 0 to 3'),
+        (['--sublayer=last'], 'expected auto, all or a number'),
+        (['--top=6'], 'ask for fewer'),
+        (['--top=0'], 'at least 1'),
+        (['--sequences=1'], 'at least 1 and 2'),
+        (['--sequences=100000'], r'ask for at most \d+$'),
+        (['--stream=D', '--sublayer=3'], 'nothing reads that'),
+        (['--seed=-1'], 'whole number'),
+        (['--data=nowhere'], 'cannot read'),
+        (['--out=/dev/null/out'], 'cannot write'),
+    ],
+)
 def test_what_cannot_be_done_is_refused_in_one_sentence(ran, flags, sentence):
     with pytest.raises(SystemExit) as refused:
         command('--ckpt', ran.out, *flags)
-    assert re.search(sentence, str(refused.value)) and str(refused.value).startswith('error: ') and '\n' not in str(refused.value)
+    assert (
+        re.search(sentence, str(refused.value))
+        and str(refused.value).startswith('error: ')
+        and '\n' not in str(refused.value)
+    )

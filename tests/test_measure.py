@@ -1,5 +1,6 @@
 """The specification of measure.py. The README's definitions are computed again in numpy, float64, over all of a stream at once:
 X is (S, N, T, d), sublayers × sequences × tokens × dimensions."""
+
 import json
 import os
 import pickle
@@ -17,26 +18,61 @@ import pytest
 import torch
 
 import measure
+from checkpoint import build_model, find_checkpoints, load_checkpoint
 from data.loader import Tokens
-from measure import Statistics, bootstrap_weights, collect, find_checkpoints, print_run, row_median, stream_report, training_record
-from model import GPT, Attention, GPTConfig, build_model, load_checkpoint
+from measure import (
+    Statistics,
+    bootstrap_weights,
+    collect,
+    print_run,
+    row_median,
+    stream_report,
+    training_record,
+)
+from model import GPT, Attention, GPTConfig
 
 N, T, D = 10, 16, 20
 SMALL = dict(block_size=T, vocab_size=257, n_layer=2, n_head=2, n_embd=D, gate_rank=3)
-ARMS = {'baseline': {}, 'qknorm': dict(qk_norm=True), 'ledger': dict(residual='ledger', bf16_streams=True)}  # to be measured in float32 all the same
-HEADLINES = ('fixed_dim_ratio', 'start_token_concentration', 'start_ratio', 'start_dim_concentration', 'kurtosis', 'max_over_median', 'top1_at_start',
-             'massive_count', 'median', 'norm', 'persistence', 'start_persistence')
+ARMS = {
+    'baseline': {},
+    'qknorm': dict(qk_norm=True),
+    'ledger': dict(residual='ledger', bf16_streams=True),
+}  # to be measured in float32 all the same
+HEADLINES = (
+    'fixed_dim_ratio',
+    'start_token_concentration',
+    'start_ratio',
+    'start_dim_concentration',
+    'kurtosis',
+    'max_over_median',
+    'top1_at_start',
+    'massive_count',
+    'median',
+    'norm',
+    'persistence',
+    'start_persistence',
+)
 every_arm = pytest.mark.parametrize('arm', ARMS)
-every_stream = pytest.mark.parametrize('arm, stream', [('baseline', 'h'), ('qknorm', 'h'), ('ledger', 'D'), ('ledger', 'C')])
+every_stream = pytest.mark.parametrize(
+    'arm, stream', [('baseline', 'h'), ('qknorm', 'h'), ('ledger', 'D'), ('ledger', 'C')]
+)
 every_device = pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
 
 
 def write_dataset(folder, vocab_size=257, seed=0):
     folder.mkdir(parents=True, exist_ok=True)
-    ids = {split: np.random.default_rng([seed, i]).integers(0, 257, 400).astype('<u2') for i, split in enumerate(('train', 'val'))}
+    ids = {
+        split: np.random.default_rng([seed, i]).integers(0, 257, 400).astype('<u2')
+        for i, split in enumerate(('train', 'val'))
+    }
     for split, tokens in ids.items():
         tokens.tofile(folder / f'{split}.bin')
-    meta = {'tokenizer': 'bytes', 'vocab_size': vocab_size, 'eot': 256, 'sha256': {split: sha256(tokens).hexdigest() for split, tokens in ids.items()}}
+    meta = {
+        'tokenizer': 'bytes',
+        'vocab_size': vocab_size,
+        'eot': 256,
+        'sha256': {split: sha256(tokens).hexdigest() for split, tokens in ids.items()},
+    }
     (folder / 'meta.json').write_text(json.dumps(meta))
 
 
@@ -57,8 +93,16 @@ def write_checkpoint(path, data, closed=(), **settings):
             model.sublayers[s].residual.commit_weight.zero_()
             model.sublayers[s].residual.commit_bias.fill_(-1e4)
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({'model': model.state_dict(), 'model_args': asdict(model.config), 'iter_num': 3, 'config': {'dataset': str(data.resolve())},
-                'data_sha256': json.loads((data / 'meta.json').read_text())['sha256']}, path)
+    torch.save(
+        {
+            'model': model.state_dict(),
+            'model_args': asdict(model.config),
+            'iter_num': 3,
+            'config': {'dataset': str(data.resolve())},
+            'data_sha256': json.loads((data / 'meta.json').read_text())['sha256'],
+        },
+        path,
+    )
 
 
 def command(*flags):
@@ -69,7 +113,10 @@ def command(*flags):
 
 
 def report_in(folder):
-    return json.loads(Path(folder, 'measure.json').read_text(), parse_constant=lambda name: pytest.fail(f'{name} is not JSON'))
+    return json.loads(
+        Path(folder, 'measure.json').read_text(),
+        parse_constant=lambda name: pytest.fail(f'{name} is not JSON'),
+    )
 
 
 @torch.no_grad()
@@ -82,7 +129,12 @@ def observe(model, idx):
             streams.setdefault(name, []).append(x.double().numpy())
 
     hooks = [sublayer.register_forward_hook(see) for sublayer in model.sublayers]
-    hooks += [sublayer.function.register_forward_pre_hook(lambda module, inputs: reads.append(inputs[0].double().numpy())) for sublayer in model.sublayers[::2]]
+    hooks += [
+        sublayer.function.register_forward_pre_hook(
+            lambda module, inputs: reads.append(inputs[0].double().numpy())
+        )
+        for sublayer in model.sublayers[::2]
+    ]
     logits = model(idx).double().numpy()
     for hook in hooks:
         hook.remove()
@@ -103,12 +155,27 @@ def measured(tmp_path_factory):
         write_checkpoint(path, root / 'data', **settings)
         models[arm] = build_model(load_checkpoint(path), path, bf16_streams=False)
         seen[arm] = observe(models[arm], idx)
-        records[arm] = training_record(collect(models[arm], tokens, starts, 3, Statistics(topk=3)), list(seen[arm][1]))
-    log = ''.join(json.dumps({'iter': i, 'tokens': 100 * i, 'val_loss': 5.0, 'streams': records['ledger']}) + '\n' for i in range(3))
+        records[arm] = training_record(
+            collect(models[arm], tokens, starts, 3, Statistics(topk=3)), list(seen[arm][1])
+        )
+    log = ''.join(
+        json.dumps({'iter': i, 'tokens': 100 * i, 'val_loss': 5.0, 'streams': records['ledger']}) + '\n'
+        for i in range(3)
+    )
     (root / 'out/ledger/log.jsonl').write_text(log[:-50])
     printed = command('--ckpt', root / 'out', f'--sequences={N}')
-    return SimpleNamespace(out=root / 'out', tokens=tokens, starts=starts, idx=idx.numpy(), targets=targets.numpy(), models=models, records=records, seen=seen,
-                           printed=printed, reports={arm: report_in(root / 'out' / arm) for arm in ARMS})
+    return SimpleNamespace(
+        out=root / 'out',
+        tokens=tokens,
+        starts=starts,
+        idx=idx.numpy(),
+        targets=targets.numpy(),
+        models=models,
+        records=records,
+        seen=seen,
+        printed=printed,
+        reports={arm: report_in(root / 'out' / arm) for arm in ARMS},
+    )
 
 
 @pytest.fixture
@@ -131,21 +198,39 @@ def per_sequence(X):
     flat = a.reshape(*X.shape[:2], -1)
     median, largest = np.median(flat, -1), flat.max(-1)
     z = (X - X.mean(-1, keepdims=True)) / X.std(-1, keepdims=True)
-    return {'m': a.mean(2), 'p': a[:, :, 0], 'median': median, 'max_over_median': largest / median, 'kurtosis': (z ** 4 - 3).mean((2, 3)),
-            'massive_count': ((flat > 100) & (flat >= 1000 * median[..., None])).sum(-1), 'norm': np.sqrt((X ** 2).sum(-1)).mean(-1),
-            'top1_at_start': flat.argmax(-1) < X.shape[-1]}
+    return {
+        'm': a.mean(2),
+        'p': a[:, :, 0],
+        'median': median,
+        'max_over_median': largest / median,
+        'kurtosis': (z**4 - 3).mean((2, 3)),
+        'massive_count': ((flat > 100) & (flat >= 1000 * median[..., None])).sum(-1),
+        'norm': np.sqrt((X**2).sum(-1)).mean(-1),
+        'top1_at_start': flat.argmax(-1) < X.shape[-1],
+    }
 
 
 def over_sequences(sequences, weights):
     """Returns {quantity: (S,)}, {quantity: the sublayer to quote} and {quantity of the whole stream: number} of weighted sequences."""
-    q = {name: np.einsum('n,sn...->s...', weights / weights.sum(), value) for name, value in sequences.items()}
+    q = {
+        name: np.einsum('n,sn...->s...', weights / weights.sum(), value) for name, value in sequences.items()
+    }
     m, p = q.pop('m'), q.pop('p')
     dominant, start = m.mean(0).argmax(), p.mean(0).argmax()
     q |= {'fixed_dim_ratio': m.max(1) / np.median(m, 1), 'start_ratio': p.max(1) / np.median(p, 1)}
     quoted = {name: value.argmax() for name, value in q.items()}
     for name, j in (('start_token_concentration', dominant), ('start_dim_concentration', start)):
         q[name], quoted[name] = p[:, j] / m[:, j], m[:, j].argmax()
-    return q, quoted, {'dominant_dim': dominant, 'start_dim': start, 'persistence': (m.argmax(1) == dominant).mean(), 'start_persistence': (p.argmax(1) == start).mean()}
+    return (
+        q,
+        quoted,
+        {
+            'dominant_dim': dominant,
+            'start_dim': start,
+            'persistence': (m.argmax(1) == dominant).mean(),
+            'start_persistence': (p.argmax(1) == start).mean(),
+        },
+    )
 
 
 def largest(a, k):
@@ -158,7 +243,7 @@ def added(X, batch_size, k=5, replicates=0, device='cpu'):
     """Returns the Statistics of X as a stream h, added in batches."""
     statistics, X = Statistics(k, replicates), torch.as_tensor(X, dtype=torch.float32).to(device)
     for i in range(0, X.shape[1], batch_size):
-        batch = X[:, i:i + batch_size]
+        batch = X[:, i : i + batch_size]
         statistics.begin(batch.shape[1], device)
         for s, x in enumerate(batch):
             statistics.add_stream('h', s, x)
@@ -167,7 +252,10 @@ def added(X, batch_size, k=5, replicates=0, device='cpu'):
 
 def listed(statistics, s):
     """The largest magnitudes kept, in the form of `largest`."""
-    return [(value, n, *map(int, np.unravel_index(i, (T, D)))) for value, n, i in zip(*(t.tolist() for t in statistics.top['h', s]))]
+    return [
+        (value, n, *map(int, np.unravel_index(i, (T, D))))
+        for value, n, i in zip(*(t.tolist() for t in statistics.top['h', s]))
+    ]
 
 
 def close(actual, desired, rtol=1e-5, atol=1e-6):
@@ -185,31 +273,50 @@ def whole_numbers(below, *shape):
 
 # ---- what is measured
 
+
 @every_stream
 def test_every_quantity_of_a_sublayer_is_the_one_defined(measured, arm, stream):
     sublayers = measured.reports[arm]['streams'][stream]['sublayers']
     q, _, whole = over_sequences(per_sequence(measured.seen[arm][1][stream]), np.ones(N))
     for key, values in q.items():
         close([sublayer[key] for sublayer in sublayers], values)
-    assert q['massive_count'].max() > 0 and whole['persistence'] < 1 and whole['dominant_dim'] != whole['start_dim']  # the outliers are not all of one kind
+    assert (
+        q['massive_count'].max() > 0
+        and whole['persistence'] < 1
+        and whole['dominant_dim'] != whole['start_dim']
+    )  # the outliers are not all of one kind
 
 
 @every_stream
-def test_headlines_are_maxima_over_sublayers_and_concentrations_are_quoted_where_their_dimension_peaks(measured, arm, stream):
+def test_headlines_are_maxima_over_sublayers_and_concentrations_are_quoted_where_their_dimension_peaks(
+    measured, arm, stream
+):
     report = measured.reports[arm]['streams'][stream]
     q, quoted, whole = over_sequences(per_sequence(measured.seen[arm][1][stream]), np.ones(N))
     for key, values in q.items():
-        close([report[key]['value'], report[key]['sublayer'], report[key]['last']], [values[quoted[key]], quoted[key], values[-1]])
+        close(
+            [report[key]['value'], report[key]['sublayer'], report[key]['last']],
+            [values[quoted[key]], quoted[key], values[-1]],
+        )
     assert {key: report[key]['value'] if 'persistence' in key else report[key] for key in whole} == whole
-    assert report['same_dim'] == (whole['dominant_dim'] == whole['start_dim']) and report['peak_sublayer'] == quoted['start_token_concentration']
+    assert (
+        report['same_dim'] == (whole['dominant_dim'] == whole['start_dim'])
+        and report['peak_sublayer'] == quoted['start_token_concentration']
+    )
 
 
 @every_stream
 def test_the_largest_magnitudes_are_listed_with_their_place_and_token(measured, arm, stream):
-    for sublayer, x in zip(measured.reports[arm]['streams'][stream]['sublayers'], np.abs(measured.seen[arm][1][stream]), strict=True):
+    for sublayer, x in zip(
+        measured.reports[arm]['streams'][stream]['sublayers'],
+        np.abs(measured.seen[arm][1][stream]),
+        strict=True,
+    ):
         close([entry['value'] for entry in sublayer['top']], [value for value, *_ in largest(x, 5)])
         for entry, (_, n, t, j) in zip(sublayer['top'], largest(x, 5)):
-            assert entry.items() >= {'sequence': n, 'position': t, 'token': measured.idx[n, t], 'dim': j}.items()
+            assert (
+                entry.items() >= {'sequence': n, 'position': t, 'token': measured.idx[n, t], 'dim': j}.items()
+            )
         close(sublayer['top_mean'], np.sort(x.reshape(N, -1))[:, :-6:-1].mean(0))
 
 
@@ -219,7 +326,10 @@ def test_the_loss_is_the_mean_over_tokens_in_nats(measured, arm):
     z = logits - logits.max(-1, keepdims=True)
     nll = (np.log(np.exp(z).sum(-1)) - np.take_along_axis(z, measured.targets[..., None], 2)[..., 0]).mean(1)
     replicates = [weights @ nll / weights.sum() for weights in bootstrap_weights(0, range(N), 200)[1:]]
-    close([report['val_loss'], report['loss']['value'], report['loss']['low'], report['loss']['high']], [nll.mean(), nll.mean(), *np.quantile(replicates, [0.025, 0.975])])
+    close(
+        [report['val_loss'], report['loss']['value'], report['loss']['low'], report['loss']['high']],
+        [nll.mean(), nll.mean(), *np.quantile(replicates, [0.025, 0.975])],
+    )
     assert report['loss']['low'] < report['val_loss'] < report['loss']['high']
 
 
@@ -230,17 +340,29 @@ def test_a_learned_key_takes_its_share_of_the_probability_and_counts_as_no_posit
     torch.nn.init.normal_(attention.bias_v)
     p = np.tri(5) * np.exp((q @ k.mT).numpy() / np.sqrt(3))
     learned = np.exp(np.einsum('bhtn,hn->bht', q, attention.bias_k.detach().view(2, 3)) / np.sqrt(3))
-    close(measure.attention_sink(attention, q, k).detach(), (p[..., 0] / (p.sum(-1) + learned)).mean(-1), rtol=1e-12)
+    close(
+        measure.attention_sink(attention, q, k).detach(),
+        (p[..., 0] / (p.sum(-1) + learned)).mean(-1),
+        rtol=1e-12,
+    )
 
 
 @every_arm
 def test_a_sink_is_a_head_that_gives_position_0_more_than_0_3(measured, arm):
     sink = []
     for u, sublayer in zip(measured.seen[arm][2], measured.models[arm].sublayers[::2]):
-        attention = {name: parameter.detach().double().numpy() for name, parameter in sublayer.function.named_parameters()}
-        q, k, _ = np.moveaxis((u @ attention['qkv.weight'].T).reshape(N, T, 3, 2, D // 2), (2, 3), (0, 2))  # each (N, head, T, D / 2)
+        attention = {
+            name: parameter.detach().double().numpy()
+            for name, parameter in sublayer.function.named_parameters()
+        }
+        q, k, _ = np.moveaxis(
+            (u @ attention['qkv.weight'].T).reshape(N, T, 3, 2, D // 2), (2, 3), (0, 2)
+        )  # each (N, head, T, D / 2)
         if arm == 'qknorm':
-            q, k = (attention[name] * x / np.sqrt((x ** 2).mean(-1, keepdims=True) + 1e-6) for name, x in (('q_norm.weight', q), ('k_norm.weight', k)))
+            q, k = (
+                attention[name] * x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+                for name, x in (('q_norm.weight', q), ('k_norm.weight', k))
+            )
         p = np.tri(T) * np.exp(q @ k.swapaxes(2, 3) / np.sqrt(D / 2))
         sink.append((p[..., 0] / p.sum(-1)).mean((0, 2)))
     report, over = measured.reports[arm]['attention_sink'], np.array(sink) > 0.3
@@ -251,12 +373,21 @@ def test_a_sink_is_a_head_that_gives_position_0_more_than_0_3(measured, arm):
 
 # ---- planted outliers
 
+
 @pytest.mark.parametrize('n, t, j', [(0, 0, 0), (3, 0, 19), (7, 1, 0), (9, 15, 2)])
 def test_a_planted_outlier_is_found_at_its_value_and_place(measured, n, t, j):
     X = noise(4, N, T, D)
     X[2, n, t, j] = -12345.5
-    sublayers = stream_report(added(X, 4, replicates=2), 'h', measured.models['baseline'], measured.tokens, measured.starts)['sublayers']
-    assert sublayers[2]['top'][0] == {'value': 12345.5, 'sequence': n, 'position': t, 'token': measured.idx[n, t], 'dim': j}
+    sublayers = stream_report(
+        added(X, 4, replicates=2), 'h', measured.models['baseline'], measured.tokens, measured.starts
+    )['sublayers']
+    assert sublayers[2]['top'][0] == {
+        'value': 12345.5,
+        'sequence': n,
+        'position': t,
+        'token': measured.idx[n, t],
+        'dim': j,
+    }
     assert [sublayer['massive_count'] for sublayer in sublayers] == [0, 0, 1 / N, 0]
     close([sublayer['top1_at_start'] for sublayer in sublayers], per_sequence(X)['top1_at_start'].mean(1))
 
@@ -279,13 +410,18 @@ def test_kurtosis_does_not_depend_on_the_scale_of_the_stream():
 
 # ---- batches, ties, medians
 
+
 @pytest.mark.parametrize('batch_size', [1, 3, 8])
 def test_the_batch_size_changes_nothing(batch_size):
     X = noise(2, N, T, D)
     whole, parts = added(X, N, replicates=20), added(X, batch_size, replicates=20)
     for key, values in whole.stream('h').items():
         close(parts.stream('h')[key], values, rtol=1e-12, atol=1e-12)
-    assert [listed(parts, s) for s in (0, 1)] == [listed(whole, s) for s in (0, 1)] == [largest(np.abs(x.astype(np.float32)), 5) for x in X]
+    assert (
+        [listed(parts, s) for s in (0, 1)]
+        == [listed(whole, s) for s in (0, 1)]
+        == [largest(np.abs(x.astype(np.float32)), 5) for x in X]
+    )
 
 
 @every_device
@@ -301,7 +437,9 @@ def test_ties_go_to_the_lowest_sequence_position_and_dimension(values, k, device
 @pytest.mark.parametrize('k', [2, 5, 40])
 def test_the_last_of_the_largest_is_the_lowest_of_those_it_ties_with(k, device):
     X = np.zeros((1, 3, T, D))
-    X[0, 1] = np.maximum(np.random.default_rng(0).permutation(T * D), T * D - k).reshape(T, D)  # k − 1 that differ, the others equal
+    X[0, 1] = np.maximum(np.random.default_rng(0).permutation(T * D), T * D - k).reshape(
+        T, D
+    )  # k − 1 that differ, the others equal
     assert listed(added(X, 1, k, device=device), 0) == largest(X[0], k)
 
 
@@ -309,13 +447,22 @@ def test_the_last_of_the_largest_is_the_lowest_of_those_it_ties_with(k, device):
 @pytest.mark.parametrize('n', [1, 2, 15, 20, 70_001])
 def test_the_median_is_that_of_numpy_for_even_and_odd_lengths(n, device):
     for rows in (np.abs(noise(50, n)).astype(np.float32), np.abs(whole_numbers(2, 50, n))):
-        np.testing.assert_array_equal(row_median(torch.from_numpy(rows).to(device)).cpu(), np.median(rows, axis=1))
+        np.testing.assert_array_equal(
+            row_median(torch.from_numpy(rows).to(device)).cpu(), np.median(rows, axis=1)
+        )
 
 
 def test_memory_does_not_grow_with_the_number_of_sequences():
     def elements(statistics):
-        return sum(t.numel() for kept in ([statistics.weights], statistics.sums.values(), *statistics.top.values()) for t in kept)
-    assert elements(added(noise(2, 40, 4, 6), 4, replicates=9)) == elements(added(noise(2, 8, 4, 6), 4, replicates=9))
+        return sum(
+            t.numel()
+            for kept in ([statistics.weights], statistics.sums.values(), *statistics.top.values())
+            for t in kept
+        )
+
+    assert elements(added(noise(2, 40, 4, 6), 4, replicates=9)) == elements(
+        added(noise(2, 8, 4, 6), 4, replicates=9)
+    )
 
 
 @pytest.mark.gpu
@@ -323,28 +470,46 @@ def test_a_measurement_on_a_gpu_is_that_on_the_cpu(measured, tmp_path):
     command('--device=cuda', '--ckpt', measured.out, '--out', tmp_path, f'--sequences={N}')
     for arm, cpu in measured.reports.items():
         gpu = report_in(tmp_path / arm)
-        close([gpu['val_loss'], gpu['attention_sink']['mean']['value']], [cpu['val_loss'], cpu['attention_sink']['mean']['value']], rtol=1e-4)
+        close(
+            [gpu['val_loss'], gpu['attention_sink']['mean']['value']],
+            [cpu['val_loss'], cpu['attention_sink']['mean']['value']],
+            rtol=1e-4,
+        )
         for key in HEADLINES:
-            one, other = ([[s[key][x] for x in ('value', 'low', 'high')] for s in report['streams'].values()] for report in (gpu, cpu))
+            one, other = (
+                [[s[key][x] for x in ('value', 'low', 'high')] for s in report['streams'].values()]
+                for report in (gpu, cpu)
+            )
             close(one, other, rtol=1e-4)
 
 
 # ---- intervals
 
+
 def test_bootstrap_weights_depend_on_seed_and_sequence_alone():
     whole = bootstrap_weights(7, range(9), 30)
     np.testing.assert_array_equal(whole[:, [5, 2]], bootstrap_weights(7, [5, 2], 30))
     np.testing.assert_array_equal(whole[:11], bootstrap_weights(7, range(9), 10))
-    assert (whole[0] == 1).all() and (whole[:, 0] != whole[:, 1]).any() and (whole != bootstrap_weights(8, range(9), 30)).any()
+    assert (
+        (whole[0] == 1).all()
+        and (whole[:, 0] != whole[:, 1]).any()
+        and (whole != bootstrap_weights(8, range(9), 30)).any()
+    )
 
 
 def test_bootstrap_weights_are_poisson_with_mean_1():
     weights = bootstrap_weights(0, range(1000), 200)[1:]
-    close([weights.mean(), weights.var(), (weights == 0).mean(), (weights == 3).mean()], [1, 1, np.exp(-1), np.exp(-1) / 6], rtol=0.02)
+    close(
+        [weights.mean(), weights.var(), (weights == 0).mean(), (weights == 3).mean()],
+        [1, 1, np.exp(-1), np.exp(-1) / 6],
+        rtol=0.02,
+    )
 
 
 @pytest.mark.parametrize('sequences', [N, 3])
-def test_intervals_are_those_of_a_bootstrap_that_chooses_the_dimensions_anew_and_leaves_out_empty_replicates(measured, sequences):
+def test_intervals_are_those_of_a_bootstrap_that_chooses_the_dimensions_anew_and_leaves_out_empty_replicates(
+    measured, sequences
+):
     X = noise(4, sequences, T, D)
     X[:, ::2, :, 4] *= 3
     X[:, 1::2, :, 9] *= 3
@@ -352,7 +517,9 @@ def test_intervals_are_those_of_a_bootstrap_that_chooses_the_dimensions_anew_and
     assert weights.any(1).all() == (sequences == N)
     replicates = [over_sequences(per_sequence(X), w) for w in weights if w.any()]
     assert {whole['dominant_dim'] for *_, whole in replicates} >= {4, 9}
-    report = stream_report(added(X, 3, replicates=200), 'h', measured.models['baseline'], measured.tokens, measured.starts)
+    report = stream_report(
+        added(X, 3, replicates=200), 'h', measured.models['baseline'], measured.tokens, measured.starts
+    )
     for key in HEADLINES:
         values = [q[key][quoted[key]] if key in q else whole[key] for q, quoted, whole in replicates]
         close([report[key]['low'], report[key]['high']], np.quantile(values, [0.025, 0.975]))
@@ -361,18 +528,42 @@ def test_intervals_are_those_of_a_bootstrap_that_chooses_the_dimensions_anew_and
 
 # ---- measure.json
 
+
 @every_arm
 def test_measure_json_has_the_keys_of_the_design(measured, arm):
     report = measured.reports[arm]
-    assert report.keys() >= {'schema', 'checkpoint', 'iter_num', 'val_loss', 'model', 'data', 'streams', 'attention_sink'}
-    assert (report['schema'], report['checkpoint'], report['iter_num']) == (1, str(measured.out / arm / 'ckpt.pt'), 3)
+    assert report.keys() >= {
+        'schema',
+        'checkpoint',
+        'iter_num',
+        'val_loss',
+        'model',
+        'data',
+        'streams',
+        'attention_sink',
+    }
+    assert (report['schema'], report['checkpoint'], report['iter_num']) == (
+        1,
+        str(measured.out / arm / 'ckpt.pt'),
+        3,
+    )
     assert report['model'].items() >= {**SMALL, **ARMS[arm]}.items()
-    assert report['data'].items() >= {'name': 'data', 'split': 'val', 'sequences': N, 'tokens': N * T, 'seed': 0}.items()
-    assert {name: s['decoded'] for name, s in report['streams'].items()} == ({'D': False, 'C': True} if arm == 'ledger' else {'h': True})
+    assert (
+        report['data'].items()
+        >= {'name': 'data', 'split': 'val', 'sequences': N, 'tokens': N * T, 'seed': 0}.items()
+    )
+    assert {name: s['decoded'] for name, s in report['streams'].items()} == (
+        {'D': False, 'C': True} if arm == 'ledger' else {'h': True}
+    )
     for s in report['streams'].values():
         assert s.keys() >= {'decoded', 'dominant_dim', 'start_dim', 'peak_sublayer', 'sublayers', *HEADLINES}
         assert all(s[key].keys() == {'value', 'low', 'high', 'sublayer', 'last'} for key in HEADLINES)
-        assert [(sublayer['sublayer'], sublayer['kind']) for sublayer in s['sublayers']] == [(0, 'attn'), (1, 'mlp'), (2, 'attn'), (3, 'mlp')]
+        assert [(sublayer['sublayer'], sublayer['kind']) for sublayer in s['sublayers']] == [
+            (0, 'attn'),
+            (1, 'mlp'),
+            (2, 'attn'),
+            (3, 'mlp'),
+        ]
 
 
 def test_what_is_undefined_for_a_stream_of_zeros_is_null_in_the_report_and_a_dash_in_the_tables(here):
@@ -381,7 +572,12 @@ def test_what_is_undefined_for_a_stream_of_zeros_is_null_in_the_report_and_a_das
     C = report_in('out/closed')['streams']['C']
     assert C['norm']['value'] == C['median']['value'] == 0
     for key in ('fixed_dim_ratio', 'start_token_concentration', 'kurtosis', 'max_over_median', 'start_ratio'):
-        assert [C[key]['value'], C[key]['low'], C[key]['last'], *(sublayer[key] for sublayer in C['sublayers'])] == [None] * 7
+        assert [
+            C[key]['value'],
+            C[key]['low'],
+            C[key]['last'],
+            *(sublayer[key] for sublayer in C['sublayers']),
+        ] == [None] * 7
     assert '–' in tables.split('95% intervals')[1] and Path('out/comparison.png').stat().st_size > 5000
 
 
@@ -396,17 +592,28 @@ def test_a_stream_that_is_zero_at_first_is_quoted_where_it_is_not(here, undrawn)
 
 # ---- the command line
 
+
 def test_a_folder_above_several_runs_is_measured_side_by_side(measured):
     header, *rows = measured.printed.split('decoded stream of each run')[1].splitlines()[1:]
     assert header.split() == ['baseline', '(h)', 'ledger', '(C)', 'qknorm', '(h)']
     kurtosis = next(row for row in rows if row.startswith('kurtosis'))[22:].split(']')
-    close([cell.split()[0] for cell in kurtosis[:3]],
-          [measured.reports[arm]['streams'][stream]['kurtosis']['value'] for arm, stream in (('baseline', 'h'), ('ledger', 'C'), ('qknorm', 'h'))], rtol=1e-3)
+    close(
+        [cell.split()[0] for cell in kurtosis[:3]],
+        [
+            measured.reports[arm]['streams'][stream]['kurtosis']['value']
+            for arm, stream in (('baseline', 'h'), ('ledger', 'C'), ('qknorm', 'h'))
+        ],
+        rtol=1e-3,
+    )
 
 
 def test_figures_are_drawn_and_a_series_only_where_there_is_a_log(measured):
     figures = {str(path.relative_to(measured.out)): path.read_bytes() for path in measured.out.rglob('*.png')}
-    assert figures.keys() == {'comparison.png', 'ledger/series.png', *(f'{arm}/{name}.png' for arm in ARMS for name in ('profile', 'landscape'))}
+    assert figures.keys() == {
+        'comparison.png',
+        'ledger/series.png',
+        *(f'{arm}/{name}.png' for arm in ARMS for name in ('profile', 'landscape')),
+    }
     assert all(png.startswith(b'\x89PNG\r\n\x1a\n') and len(png) > 5000 for png in figures.values())
 
 
@@ -418,45 +625,77 @@ def test_columns_stay_apart_and_within_110_whatever_the_values(measured, capsys,
         for key in HEADLINES[:-2]:
             s[key] |= {'value': value, 'low': value, 'high': value, 'last': value, 'sublayer': 22}
     print_run('ledger', report, 'bytes')
-    rows = capsys.readouterr().out.splitlines()[4:4 + len(HEADLINES)]
+    rows = capsys.readouterr().out.splitlines()[4 : 4 + len(HEADLINES)]
     assert max(map(len, rows)) <= 110
-    assert {len(row[22:].split()) for row in rows if 'persistence' not in row} == {12}  # two streams: value, low, high, kind, sublayer, last
+    assert {len(row[22:].split()) for row in rows if 'persistence' not in row} == {
+        12
+    }  # two streams: value, low, high, kind, sublayer, last
 
 
 def test_paths_may_be_relative_and_absolute(here, undrawn):
     write_checkpoint(Path('out/other/ckpt.pt'), Path('data'))
     command('--ckpt', 'out/run', Path('out/other').resolve(), f'--sequences={N}')
-    assert all(Path('out', name).exists() for name in ('run/measure.json', 'other/measure.json', 'comparison.png'))
+    assert all(
+        Path('out', name).exists() for name in ('run/measure.json', 'other/measure.json', 'comparison.png')
+    )
 
 
 def test_runs_of_the_same_name_do_not_replace_each_other(here, undrawn):
     write_checkpoint(Path('again/run/ckpt.pt'), Path('data'), residual='ledger')
     printed = command('--ckpt', 'out/run', 'again/run', '--out=both', f'--sequences={N}')
     assert len(list(Path('both').rglob('measure.json'))) == 2
-    assert printed.split('decoded stream of each run')[1].count('(h)') == printed.split('decoded stream of each run')[1].count('(C)') == 1
+    assert (
+        printed.split('decoded stream of each run')[1].count('(h)')
+        == printed.split('decoded stream of each run')[1].count('(C)')
+        == 1
+    )
 
 
 def test_a_snapshot_is_measured_beside_the_newest_checkpoint(here, undrawn):
     write_checkpoint(Path('out/run/ckpt_500.pt'), Path('data'))
     assert 'run_500, iteration 3' in command('--ckpt=out/run/ckpt_500.pt', f'--sequences={N}')
-    assert {path.name for path in Path('out/run').iterdir()} == {'ckpt.pt', 'ckpt_500.pt', 'measure_500.json', 'profile_500.png', 'landscape_500.png'}
+    assert {path.name for path in Path('out/run').iterdir()} == {
+        'ckpt.pt',
+        'ckpt_500.pt',
+        'measure_500.json',
+        'profile_500.png',
+        'landscape_500.png',
+    }
 
 
 def test_the_newest_checkpoint_stands_for_its_folder(tmp_path):
     for name in ('a/ckpt.pt', 'a/ckpt_prev.pt', 'b/ckpt_prev.pt', 'b/ckpt_best.pt', 'c/d/ckpt.pt'):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    assert find_checkpoints([tmp_path]) == [tmp_path / name for name in ('a/ckpt.pt', 'b/ckpt_prev.pt', 'c/d/ckpt.pt')]
-    assert find_checkpoints([tmp_path / 'b', tmp_path / 'b/ckpt_best.pt']) == [tmp_path / 'b/ckpt_prev.pt', tmp_path / 'b/ckpt_best.pt']
+    assert find_checkpoints([tmp_path]) == [
+        tmp_path / name for name in ('a/ckpt.pt', 'b/ckpt_prev.pt', 'c/d/ckpt.pt')
+    ]
+    assert find_checkpoints([tmp_path / 'b', tmp_path / 'b/ckpt_best.pt']) == [
+        tmp_path / 'b/ckpt_prev.pt',
+        tmp_path / 'b/ckpt_best.pt',
+    ]
 
 
 def test_flags_choose_what_is_read_and_where_it_is_written(here, undrawn):
     write_dataset(Path('sets/other'), seed=1)
-    command('--ckpt=out/run', '--split=train', '--data=sets/other', '--seed=5', '--sequences=6', '--topk=2', '--out=elsewhere')
+    command(
+        '--ckpt=out/run',
+        '--split=train',
+        '--data=sets/other',
+        '--seed=5',
+        '--sequences=6',
+        '--topk=2',
+        '--out=elsewhere',
+    )
     report, tokens = report_in('elsewhere/run'), Tokens('sets/other', 'train', T, 257)
     assert report['data'].items() >= {'name': 'other', 'split': 'train', 'sequences': 6, 'seed': 5}.items()
-    x = observe(build_model(load_checkpoint('out/run/ckpt.pt'), ''), tokens.windows(tokens.fixed_starts(6, 5))[0])[1]['h'][0]
-    close([entry['value'] for entry in report['streams']['h']['sublayers'][0]['top']], [value for value, *_ in largest(np.abs(x), 2)])
+    x = observe(
+        build_model(load_checkpoint('out/run/ckpt.pt'), ''), tokens.windows(tokens.fixed_starts(6, 5))[0]
+    )[1]['h'][0]
+    close(
+        [entry['value'] for entry in report['streams']['h']['sublayers'][0]['top']],
+        [value for value, *_ in largest(np.abs(x), 2)],
+    )
     assert {path.name for path in Path('out/run').iterdir()} == {'ckpt.pt'}
 
 
@@ -478,6 +717,7 @@ def test_data_that_changed_since_training_are_refused_unless_forced(here, undraw
 
 # ---- mistakes
 
+
 class Malicious:
     def __reduce__(self):
         return Path.touch, (Path('executed'),)
@@ -488,6 +728,7 @@ def edited(change):
         checkpoint = torch.load(path)
         change(checkpoint)
         torch.save(checkpoint, path)
+
     return spoil
 
 
@@ -496,13 +737,25 @@ MISTAKES = {  # what is done to the checkpoint, further flags, what the sentence
     'an empty folder': (Path.unlink, [], 'no ckpt.pt in out/run'),
     'a truncated file': (lambda path: path.write_bytes(path.read_bytes()[:9000]), [], 'out/run/ckpt.pt'),
     'a text file': (lambda path: path.write_text('weights'), [], 'out/run/ckpt.pt'),
-    'a pickle that acts': (lambda path: path.write_bytes(pickle.dumps(Malicious())), [], 'nothing in it was executed'),
-    'a checkpoint that acts': (edited(lambda c: c.update(model=Malicious())), [], 'nothing in it was executed'),
+    'a pickle that acts': (
+        lambda path: path.write_bytes(pickle.dumps(Malicious())),
+        [],
+        'nothing in it was executed',
+    ),
+    'a checkpoint that acts': (
+        edited(lambda c: c.update(model=Malicious())),
+        [],
+        'nothing in it was executed',
+    ),
     'a checkpoint without weights': (edited(lambda c: c.pop('model')), [], 'out/run/ckpt.pt'),
     'a checkpoint without a dataset': (edited(lambda c: c['config'].clear()), [], 'out/run/ckpt.pt'),
     'a checkpoint without model_args': (edited(lambda c: c['model_args'].clear()), [], 'out/run/ckpt.pt'),
     'weights of another shape': (edited(lambda c: c['model_args'].update(n_embd=24)), [], 'out/run/ckpt.pt'),
-    'weights that are not finite': (edited(lambda c: c['model']['pos_emb.weight'].fill_(np.nan)), [], 'pos_emb.weight'),
+    'weights that are not finite': (
+        edited(lambda c: c['model']['pos_emb.weight'].fill_(np.nan)),
+        [],
+        'pos_emb.weight',
+    ),
     'another vocabulary': (lambda path: write_dataset(Path('data'), 300), [], 'vocabulary of 300'),
     'data that are not there': (lambda path: shutil.rmtree('data'), [], 'cannot read'),
     'no sequences': (None, ['--sequences=0'], '--sequences'),
@@ -517,6 +770,7 @@ MISTAKES = {  # what is done to the checkpoint, further flags, what the sentence
 def test_a_mistake_ends_in_one_sentence_and_writes_nothing(here, mistake, monkeypatch):
     def files():
         return {path: path.read_bytes() for path in Path().rglob('*') if path.is_file()}
+
     spoil, flags, named = MISTAKES[mistake]
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     Path('out/run/measure.json').write_text('that of before')
@@ -540,29 +794,51 @@ def test_a_checkpoint_that_a_live_run_replaces_is_read_whole(here, monkeypatch):
 
     monkeypatch.setattr(zipfile.ZipFile, 'testzip', meanwhile)
     read = load_checkpoint(path)['model']
-    assert path.read_bytes() == b'the next one' and all(torch.equal(read[name], weights[name]) for name in weights)
+    assert path.read_bytes() == b'the next one' and all(
+        torch.equal(read[name], weights[name]) for name in weights
+    )
 
 
 def test_an_interrupted_measurement_leaves_the_report_of_before(here, monkeypatch):
     def interrupted(report, file, **_):
         file.write('{"schema"')
         raise KeyboardInterrupt
+
     Path('out/run/measure.json').write_text('that of before')
     monkeypatch.setattr(json, 'dump', interrupted)
     with pytest.raises(KeyboardInterrupt):
         command('--ckpt=out/run', '--sequences=2')
-    assert {path.name for path in Path('out/run').iterdir()} == {'ckpt.pt', 'measure.json'} and Path('out/run/measure.json').read_text() == 'that of before'
+    assert {path.name for path in Path('out/run').iterdir()} == {'ckpt.pt', 'measure.json'} and Path(
+        'out/run/measure.json'
+    ).read_text() == 'that of before'
 
 
 # ---- what training uses
 
+
 @every_stream
 def test_the_short_measurement_has_the_values_of_the_full_one(measured, arm, stream):
     record, report = measured.records[arm][stream], measured.reports[arm]['streams'][stream]
-    for key in ('median', 'max_over_median', 'kurtosis', 'norm', 'fixed_dim_ratio', 'start_ratio', 'start_token_concentration', 'start_dim_concentration'):
+    for key in (
+        'median',
+        'max_over_median',
+        'kurtosis',
+        'norm',
+        'fixed_dim_ratio',
+        'start_ratio',
+        'start_token_concentration',
+        'start_dim_concentration',
+    ):
         close(record[key], [sublayer[key] for sublayer in report['sublayers']])
-    close([record['top1'], record['top2'], record['top3']], np.transpose([sublayer['top_mean'][:3] for sublayer in report['sublayers']]))
-    assert (record['dominant_dim'], record['start_dim'], record['persistence']) == (report['dominant_dim'], report['start_dim'], report['persistence']['value'])
+    close(
+        [record['top1'], record['top2'], record['top3']],
+        np.transpose([sublayer['top_mean'][:3] for sublayer in report['sublayers']]),
+    )
+    assert (record['dominant_dim'], record['start_dim'], record['persistence']) == (
+        report['dominant_dim'],
+        report['start_dim'],
+        report['persistence']['value'],
+    )
     json.dumps(record, allow_nan=False)
 
 
@@ -571,4 +847,6 @@ def test_no_hook_stays_behind_when_a_measurement_fails(measured, monkeypatch):
     monkeypatch.setattr(Statistics, 'add_stream', lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         collect(model, measured.tokens, measured.starts, 4, Statistics(5), extras=True)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())  # nor any of the measurements before
+    assert not any(
+        module._forward_hooks or module._forward_pre_hooks for module in model.modules()
+    )  # nor any of the measurements before

@@ -1,4 +1,5 @@
 """The specification of model.py. Its equations are written out again in numpy, float64, one sequence and one token at a time."""
+
 import math
 import os
 import shutil
@@ -11,7 +12,8 @@ import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_py
-from model import GPT, GPTConfig, RESIDUALS, Baseline, RMSNorm, UserError
+from data.loader import UserError
+from model import GPT, RESIDUALS, Baseline, GPTConfig, RMSNorm
 
 SMALL = dict(block_size=8, vocab_size=13, n_layer=2, n_head=2, n_embd=12, gate_rank=5)
 ARMS = {
@@ -56,7 +58,10 @@ def batch(config, sequences=5):
 def observe(model, idx):
     """Returns the logits and what a forward hook sees of each sublayer: (streams by name, commit gate)."""
     seen = []
-    hooks = [sublayer.register_forward_hook(lambda module, inputs, output: seen.append(output)) for sublayer in model.sublayers]
+    hooks = [
+        sublayer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        for sublayer in model.sublayers
+    ]
     logits = model(idx)
     for hook in hooks:
         hook.remove()
@@ -78,7 +83,7 @@ def sigmoid(x):
 
 
 def rms_norm(x, gain):
-    return gain * x / np.sqrt((x ** 2).mean(-1, keepdims=True) + 1e-6)
+    return gain * x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
 
 
 def attention(u, p, config):
@@ -88,10 +93,10 @@ def attention(u, p, config):
     out = np.empty_like(u)
     for t in range(len(u)):
         for head in (slice(i, i + n) for i in range(0, config.n_embd, n)):
-            q, k = queries[t, head], keys[:t + 1, head]
+            q, k = queries[t, head], keys[: t + 1, head]
             if config.qk_norm:
                 q, k = rms_norm(q, p['function.q_norm.weight']), rms_norm(k, p['function.k_norm.weight'])
-            v = values[:t + 1, head]
+            v = values[: t + 1, head]
             if config.attn_bias_kv:
                 k, v = np.vstack([k, p['function.bias_k'][head]]), np.vstack([v, p['function.bias_v'][head]])
             weights = np.exp(k @ q / math.sqrt(n))
@@ -107,6 +112,7 @@ def mlp(u, p, config):
 
 def ledger_step(D, C, u, y, p):
     """One token: D, C, u, y are (d,). Returns the new D, the new C and the commit gate."""
+
     def low_rank(name, x):
         return p[f'residual.{name}.U.weight'] @ (p[f'residual.{name}.V.weight'] @ x)
 
@@ -122,10 +128,14 @@ def ledger_step(D, C, u, y, p):
 def reference(model, tokens):
     """tokens: (T,). Returns the logits, (T, V), and per sublayer (streams by name, each (T, d); commit gate, (T, 1), or None)."""
     config, parameters = model.config, {name: p.numpy() for name, p in model.state_dict().items()}
-    D = parameters['tok_emb.weight'][tokens] + parameters['pos_emb.weight'][:len(tokens)]
+    D = parameters['tok_emb.weight'][tokens] + parameters['pos_emb.weight'][: len(tokens)]
     h, C, after = D, np.zeros_like(D), []
     for s in range(2 * config.n_layer):
-        p = {name.split('.', 2)[2]: value for name, value in parameters.items() if name.startswith(f'sublayers.{s}.')}
+        p = {
+            name.split('.', 2)[2]: value
+            for name, value in parameters.items()
+            if name.startswith(f'sublayers.{s}.')
+        }
         F = (attention, mlp)[s % 2]
         if config.residual == 'baseline':
             h = h + F(rms_norm(h, p['norm.weight']), p, config)
@@ -181,7 +191,9 @@ def reduced_ledger(baseline, but=None):
 
 
 @pytest.mark.parametrize('but', [None, 'e', 'w', 'U_g', 'c', 'γ'])
-def test_a_ledger_that_never_erases_always_writes_never_commits_and_decodes_D_is_the_baseline_and_no_other_is(but):
+def test_a_ledger_that_never_erases_always_writes_never_commits_and_decodes_D_is_the_baseline_and_no_other_is(
+    but,
+):
     baseline = shaken()
     idx, _ = batch(baseline.config)
     gap = distance(observe(reduced_ledger(baseline, but), idx)[0], observe(baseline, idx)[0])
@@ -192,7 +204,9 @@ def test_a_ledger_that_never_erases_always_writes_never_commits_and_decodes_D_is
 def test_under_commits_D_stays_the_baseline_stream_only_if_C_is_not_read(but):
     baseline = shaken()
     idx, _ = batch(baseline.config)
-    gap = distance(observe(reduced_ledger(baseline, but), idx)[1][-1][0]['D'], observe(baseline, idx)[1][-1][0]['h'])
+    gap = distance(
+        observe(reduced_ledger(baseline, but), idx)[1][-1][0]['D'], observe(baseline, idx)[1][-1][0]['h']
+    )
     assert gap > 1e-3 if but == 'c and λ' else gap < 1e-10
 
 
@@ -205,9 +219,25 @@ def test_with_one_seed_all_weights_shared_with_the_baseline_start_equal(arm):
 
 @every_arm
 def test_every_parameter_starts_at_its_constant_or_normal_with_standard_deviation_002(arm):
-    constants = {'norm.weight': 1, 'fc.bias': 0, 'proj.bias': 0, 'bias_k': 0, 'bias_v': 0, 'erase_gate.U.bias': -3, 'write_gate.U.bias': 3, 'read_scale': 0,
-                 'erase_gate.U.weight': 0, 'write_gate.U.weight': 0, 'write_map.U.weight': 0, 'commit_map.U.weight': 0, 'commit_weight': 0,
-                 '0.residual.commit_bias': -4, '1.residual.commit_bias': -4 / 3, '2.residual.commit_bias': 4 / 3, '3.residual.commit_bias': 4}
+    constants = {
+        'norm.weight': 1,
+        'fc.bias': 0,
+        'proj.bias': 0,
+        'bias_k': 0,
+        'bias_v': 0,
+        'erase_gate.U.bias': -3,
+        'write_gate.U.bias': 3,
+        'read_scale': 0,
+        'erase_gate.U.weight': 0,
+        'write_gate.U.weight': 0,
+        'write_map.U.weight': 0,
+        'commit_map.U.weight': 0,
+        'commit_weight': 0,
+        '0.residual.commit_bias': -4,
+        '1.residual.commit_bias': -4 / 3,
+        '2.residual.commit_bias': 4 / 3,
+        '3.residual.commit_bias': 4,
+    }
     for name, p in fresh(n_embd=64, vocab_size=100, gate_rank=16, **ARMS[arm]).named_parameters():
         constant = [value for ending, value in constants.items() if name.endswith(ending)]
         if constant:
@@ -247,7 +277,9 @@ def change_of_logits(model, s, stream):
     idx, _ = batch(model.config)
     before, _ = observe(model, idx)
     noise = torch.randn(model.config.n_embd, dtype=torch.float64)
-    hook = model.sublayers[s].register_forward_hook(lambda module, inputs, output: ({**output[0], stream: output[0][stream] + noise}, output[1]))
+    hook = model.sublayers[s].register_forward_hook(
+        lambda module, inputs, output: ({**output[0], stream: output[0][stream] + noise}, output[1])
+    )
     after, _ = observe(model, idx)
     hook.remove()
     return distance(before, after)
@@ -286,7 +318,9 @@ def test_at_the_first_backward_pass_only_what_meets_a_zero_map_or_a_zero_C_has_n
     none = set()
     if model.config.residual == 'ledger':
         maps = ('erase_gate', 'write_gate', 'write_map', 'commit_map')
-        none = {f'sublayers.{s}.residual.{name}.V.weight' for s in range(4) for name in maps} | {'sublayers.0.residual.read_scale'}
+        none = {f'sublayers.{s}.residual.{name}.V.weight' for s in range(4) for name in maps} | {
+            'sublayers.0.residual.read_scale'
+        }
     assert {name for name, gradient in gradients.items() if not gradient.any()} == none
     assert {name for name, gradient in gradients.items() if not gradient.all()} == none
 
@@ -298,7 +332,11 @@ def test_logits_in_parts_give_the_same_loss_and_gradients(monkeypatch, sequences
     kept = {name: gradient.clone() for name, gradient in gradients.items()}
     net.zero_grad()
     seen, linear = [], model_py.F.linear
-    monkeypatch.setattr(model_py.F, 'linear', lambda x, W, b=None: (seen.append(len(x)) if len(W) == 64 else None) or linear(x, W, b))
+    monkeypatch.setattr(
+        model_py.F,
+        'linear',
+        lambda x, W, b=None: (seen.append(len(x)) if len(W) == 64 else None) or linear(x, W, b),
+    )
     monkeypatch.setattr(model_py, 'LOGITS_AT_ONCE', net.config.vocab_size * net.config.block_size * sequences)
     in_parts, gradients = loss_and_gradients(net, *batch(net.config))
     assert seen == sizes and abs(in_parts - loss) < 1e-12
@@ -307,7 +345,9 @@ def test_logits_in_parts_give_the_same_loss_and_gradients(monkeypatch, sequences
         assert abs(net(*batch(net.config))[1] - loss) < 1e-12
 
 
-@pytest.mark.skipif(not shutil.which(os.environ.get('CXX', 'g++')), reason='torch.compile needs a C++ compiler on the CPU')
+@pytest.mark.skipif(
+    not shutil.which(os.environ.get('CXX', 'g++')), reason='torch.compile needs a C++ compiler on the CPU'
+)
 def test_the_compiled_loss_in_parts_has_the_gradients_of_the_whole_one_in_bfloat16(monkeypatch):
     net = shaken(std=0.3, dtype=torch.float32, n_layer=1, bf16_streams=True)
     idx, targets = batch(net.config)
@@ -317,14 +357,18 @@ def test_the_compiled_loss_in_parts_has_the_gradients_of_the_whole_one_in_bfloat
         expected = torch.autograd.grad(whole, [streams['h'], net.head.weight, net.norm.weight])
         monkeypatch.setattr(model_py, 'LOGITS_AT_ONCE', 100)
         torch.compiler.reset()
-        in_parts = torch.compile(net.cross_entropy, fullgraph=True, options={'cpp.simdlen': 1})(streams, targets)
+        in_parts = torch.compile(net.cross_entropy, fullgraph=True, options={'cpp.simdlen': 1})(
+            streams, targets
+        )
         found = torch.autograd.grad(in_parts, [streams['h'], net.head.weight, net.norm.weight])
     assert abs(in_parts - whole) < 1e-3
     for gradient, right in zip(found, expected):
         assert gradient.dtype == right.dtype and distance(gradient.float(), right.float()) < 0.02
 
 
-@pytest.mark.skipif(not shutil.which(os.environ.get('CXX', 'g++')), reason='torch.compile needs a C++ compiler on the CPU')
+@pytest.mark.skipif(
+    not shutil.which(os.environ.get('CXX', 'g++')), reason='torch.compile needs a C++ compiler on the CPU'
+)
 @pytest.mark.parametrize('arm', ['baseline', 'ledger'])
 def test_the_compiled_model_is_one_graph_with_the_eager_loss_and_gradients(arm):
     model = shaken(std=0.3, dtype=torch.float32, n_layer=1, **ARMS[arm])
@@ -344,13 +388,17 @@ def assert_bf16_is_close_to_float32(model, exact, device):
     with torch.autocast(device, torch.bfloat16):
         loss, gradients = loss_and_gradients(model.to(device), idx, targets)
     assert abs(loss - expected_loss) < 0.02
-    expected, found = (torch.cat([gradient.flatten() for gradient in side.values()]) for side in (expected, gradients))
+    expected, found = (
+        torch.cat([gradient.flatten() for gradient in side.values()]) for side in (expected, gradients)
+    )
     assert (found - expected).norm() < 0.1 * expected.norm()
 
 
 @every_arm
 @pytest.mark.parametrize('bf16_streams, precision', [(False, torch.float32), (True, torch.bfloat16)])
-def test_bf16_autocast_trains_close_to_float32_with_streams_in_the_precision_asked_for(arm, bf16_streams, precision):
+def test_bf16_autocast_trains_close_to_float32_with_streams_in_the_precision_asked_for(
+    arm, bf16_streams, precision
+):
     model = shaken(std=0.3, dtype=torch.float32, bf16_streams=bf16_streams, **ARMS[arm])
     assert_bf16_is_close_to_float32(model, twin(model, bf16_streams=False), 'cpu')
     with torch.autocast('cpu', torch.bfloat16):
@@ -367,7 +415,15 @@ def test_norms_of_a_bf16_stream_are_computed_in_float32():
 @every_arm
 @pytest.mark.parametrize('bf16_streams', [False, True])
 def test_compiled_bf16_on_a_gpu_trains_close_to_eager_float32(arm, bf16_streams):
-    model = shaken(std=0.1, dtype=torch.float32, n_layer=1, n_embd=64, block_size=64, bf16_streams=bf16_streams, **ARMS[arm])
+    model = shaken(
+        std=0.1,
+        dtype=torch.float32,
+        n_layer=1,
+        n_embd=64,
+        block_size=64,
+        bf16_streams=bf16_streams,
+        **ARMS[arm],
+    )
     exact = twin(model, bf16_streams=False)
     torch.compiler.reset()  # or the compilations of all tests count against one limit
     model.compile(fullgraph=True)
@@ -408,17 +464,28 @@ def test_gradients_are_the_slope_of_the_objective(arm):
 
 def weights_of_products(config):
     d, maps = config.n_embd, 5 if config.residual == 'ledger' else 0
-    return config.n_layer * ((4 + 2 * config.mlp_ratio) * d * d + 2 * maps * 2 * d * config.gate_rank) + d * config.vocab_size
+    return (
+        config.n_layer * ((4 + 2 * config.mlp_ratio) * d * d + 2 * maps * 2 * d * config.gate_rank)
+        + d * config.vocab_size
+    )
 
 
 @every_arm
-@pytest.mark.parametrize('scale, millions', [((12, 12, 768), dict(baseline=163, ledger=175)), ((12, 16, 1024), dict(baseline=255, ledger=271))])
+@pytest.mark.parametrize(
+    'scale, millions',
+    [((12, 12, 768), dict(baseline=163, ledger=175)), ((12, 16, 1024), dict(baseline=255, ledger=271))],
+)
 def test_the_parameter_count_is_that_of_the_equations(arm, scale, millions):
     L, heads, d = scale
     config = GPTConfig(n_layer=L, n_head=heads, n_embd=d, **ARMS[arm])
     with torch.device('meta'):
         count = GPT(config).num_params()
-    gains_and_biases = L * (2 * d + (config.mlp_ratio + 1) * d) + d + (2 * L * d // heads if config.qk_norm else 0) + (2 * L * d if config.attn_bias_kv else 0)
+    gains_and_biases = (
+        L * (2 * d + (config.mlp_ratio + 1) * d)
+        + d
+        + (2 * L * d // heads if config.qk_norm else 0)
+        + (2 * L * d if config.attn_bias_kv else 0)
+    )
     gates = 2 * L * (4 * d + 1) if config.residual == 'ledger' else 0
     assert count == (50257 + 1024) * d + weights_of_products(config) + gains_and_biases + gates
     assert round(count / 1e6) == millions[config.residual] or config.mlp_ratio != 4
@@ -431,23 +498,28 @@ def test_flops_per_token_are_three_times_those_of_a_forward_pass(arm):
     with torch.device('meta'), FlopCounterMode(display=False) as forward:
         model = GPT(config)
         model(torch.zeros(1, T, dtype=torch.long))
-    assert model.flops_per_token() == 3 * (2 * weights_of_products(config) + 2 * 2 * config.n_layer * config.n_embd * T)
+    assert model.flops_per_token() == 3 * (
+        2 * weights_of_products(config) + 2 * 2 * config.n_layer * config.n_embd * T
+    )
     assert model.flops_per_token() == pytest.approx(3 * forward.get_total_flops() / T, rel=0.01)
 
 
-@pytest.mark.parametrize('settings, complaint', [
-    (dict(n_head=5), 'n_embd = 12 is not divisible by n_head = 5'),
-    (dict(residual='gated'), "residual is 'gated': expected one of baseline, ledger"),
-    (dict(residual=None), 'residual is None: expected str'),
-    (dict(n_layer=True), 'n_layer is True: expected int'),
-    (dict(n_layer='4'), "n_layer is '4': expected int"),
-    (dict(qk_norm=1), 'qk_norm is 1: expected bool'),
-    (dict(decode_gamma='1'), "decode_gamma is '1': expected float"),
-    (dict(vocab_size=0), 'vocab_size is 0: expected at least 1'),
-    (dict(gate_rank=-3), 'gate_rank is -3: expected at least 1'),
-    (dict(commit_ramp=0.0), 'commit_ramp is 0.0: expected a number above 0'),
-    (dict(commit_sparsity=-0.1), 'commit_sparsity is -0.1: expected 0 or more'),
-])
+@pytest.mark.parametrize(
+    'settings, complaint',
+    [
+        (dict(n_head=5), 'n_embd = 12 is not divisible by n_head = 5'),
+        (dict(residual='gated'), "residual is 'gated': expected one of baseline, ledger"),
+        (dict(residual=None), 'residual is None: expected str'),
+        (dict(n_layer=True), 'n_layer is True: expected int'),
+        (dict(n_layer='4'), "n_layer is '4': expected int"),
+        (dict(qk_norm=1), 'qk_norm is 1: expected bool'),
+        (dict(decode_gamma='1'), "decode_gamma is '1': expected float"),
+        (dict(vocab_size=0), 'vocab_size is 0: expected at least 1'),
+        (dict(gate_rank=-3), 'gate_rank is -3: expected at least 1'),
+        (dict(commit_ramp=0.0), 'commit_ramp is 0.0: expected a number above 0'),
+        (dict(commit_sparsity=-0.1), 'commit_sparsity is -0.1: expected 0 or more'),
+    ],
+)
 def test_a_bad_config_is_refused_in_one_sentence(settings, complaint):
     with pytest.raises(UserError, match=complaint):
         GPTConfig(**{**SMALL, **settings})

@@ -1,4 +1,5 @@
 """The specification of probe.py: labels planted where they must be found, and definitions computed again in numpy, a token at a time."""
+
 import json
 from contextlib import redirect_stdout
 from hashlib import sha256
@@ -8,17 +9,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-import probe
-from data.classes import CLASSES
-from data.loader import SHARD_MAGIC, Tokens, encoding
-from measure import Statistics, collect, open_runs
-from model import build_model, load_checkpoint
-from probe import Probes, choose_dims, choose_sublayers, document_groups, draw_samples, label_windows, scores, split_windows, standardize
 from test_measure import observe, write_checkpoint
 
+from checkpoint import build_model, load_checkpoint
+from data.classes import CLASSES
+from data.loader import SHARD_MAGIC, Tokens, encoding
+from studies import probe
+from studies.probe import (
+    Probes,
+    choose_dims,
+    choose_sublayers,
+    document_groups,
+    draw_samples,
+    label_windows,
+    scores,
+    split_windows,
+    standardize,
+)
+
 EOT, N, T, S = 256, 20, 100, 2  # windows, tokens of each, seeds, of the planted streams
-PYTHON = ["def f(a, b=(1, [2])):\n    return 'no' + a  # why\n", 'x = {3: """two\nlines""", 4: [f(1), -2]}\n', 'for i in y:\n    z += i\n', '"""Says what."""\nimport os\n']
+PYTHON = [
+    "def f(a, b=(1, [2])):\n    return 'no' + a  # why\n",
+    'x = {3: """two\nlines""", 4: [f(1), -2]}\n',
+    'for i in y:\n    z += i\n',
+    '"""Says what."""\nimport os\n',
+]
 
 
 def write_tokens(folder, documents, source='Python lines, made up'):
@@ -28,7 +43,17 @@ def write_tokens(folder, documents, source='Python lines, made up'):
     for split in ('train', 'val'):
         ids.tofile(folder / f'{split}.bin')
     digest = sha256(ids).hexdigest()
-    (folder / 'meta.json').write_text(json.dumps({'tokenizer': 'bytes', 'vocab_size': 257, 'eot': EOT, 'source': source, 'sha256': {'train': digest, 'val': digest}}))
+    (folder / 'meta.json').write_text(
+        json.dumps(
+            {
+                'tokenizer': 'bytes',
+                'vocab_size': 257,
+                'eot': EOT,
+                'source': source,
+                'sha256': {'train': digest, 'val': digest},
+            }
+        )
+    )
     return ids.tolist()
 
 
@@ -41,63 +66,107 @@ def command(*flags):
 
 # ---- Probes
 
+
 @pytest.fixture(scope='module')
 def planted():
     """What probes say of a random stream, whose dimensions 2 and 5 are large and know the labels; dimension 7 is large and knows nothing."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(N * T, 14))
     sign, half = x[:, 2] > 0, np.where(x[:, 2] > 0.67, 2, x[:, 2] > -0.67)
-    labels = {'sign': (('no', 'yes'), sign), 'part': (('low', 'middle', 'high'), half), 'either': (('no', 'yes'), sign ^ (x[:, 5] > 0))}
-    labels = {task: (names, column.reshape(N, T).astype(np.int64)) for task, (names, column) in labels.items()}
+    labels = {
+        'sign': (('no', 'yes'), sign),
+        'part': (('low', 'middle', 'high'), half),
+        'either': (('no', 'yes'), sign ^ (x[:, 5] > 0)),
+    }
+    labels = {
+        task: (names, column.reshape(N, T).astype(np.int64)) for task, (names, column) in labels.items()
+    }
     x[:, [2, 5, 7]] = 1000 * x[:, [2, 5, 7]] + 300
     samples = draw_samples(np.arange(N), T, S, 700)
-    dims = {'mean': np.array([[2, 5]] * S), 'start': np.array([[7, 2]] * S), 'random': np.array([[8, 9], [10, 11]]), 'all': np.array([range(14)] * S)}
+    dims = {
+        'mean': np.array([[2, 5]] * S),
+        'start': np.array([[7, 2]] * S),
+        'random': np.array([[8, 9], [10, 11]]),
+        'all': np.array([range(14)] * S),
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(probe, 'STEPS', 60)
         return labels, samples, probe.probe(torch.from_numpy(x).float(), labels, samples, dims)
 
 
-@pytest.mark.parametrize('task, kind, told, least', [
-    ('sign', 'linear', 'mean', 0.98), ('sign', 'hidden', 'mean', 0.98), ('sign', 'linear', 'start', 0.98), ('sign', 'linear', 'all', 0.93),
-    ('part', 'linear', 'mean', 0.8), ('part', 'hidden', 'mean', 0.92), ('either', 'hidden', 'mean', 0.9)])
+@pytest.mark.parametrize(
+    'task, kind, told, least',
+    [
+        ('sign', 'linear', 'mean', 0.98),
+        ('sign', 'hidden', 'mean', 0.98),
+        ('sign', 'linear', 'start', 0.98),
+        ('sign', 'linear', 'all', 0.93),
+        ('part', 'linear', 'mean', 0.8),
+        ('part', 'hidden', 'mean', 0.92),
+        ('either', 'hidden', 'mean', 0.9),
+    ],
+)
 def test_a_planted_label_is_found_where_it_was_planted(planted, task, kind, told, least):
     q = planted[2][task][kind][told]
     assert least < q['accuracy']['low'] <= q['accuracy']['value'] <= q['accuracy']['high'] <= 1
-    assert q['selectivity']['low'] > 0.3 and q['balanced']['low'] > 0.7 and q['balanced_shuffled']['high'] < 0.65
+    assert (
+        q['selectivity']['low'] > 0.3 and q['balanced']['low'] > 0.7 and q['balanced_shuffled']['high'] < 0.65
+    )
 
 
-@pytest.mark.parametrize('task, kind, told', [('sign', 'linear', 'random'), ('sign', 'hidden', 'random'), ('part', 'hidden', 'random'), ('either', 'linear', 'mean'),
-                                              ('either', 'hidden', 'start')])
+@pytest.mark.parametrize(
+    'task, kind, told',
+    [
+        ('sign', 'linear', 'random'),
+        ('sign', 'hidden', 'random'),
+        ('part', 'hidden', 'random'),
+        ('either', 'linear', 'mean'),
+        ('either', 'hidden', 'start'),
+    ],
+)
 def test_a_label_is_not_found_where_it_is_not_or_not_linear(planted, task, kind, told):
     q, t = planted[2][task][kind][told], planted[2][task]
-    assert q['balanced']['value'] == pytest.approx(1 / len(t['classes']), abs=0.08) and abs(q['selectivity']['value']) < 0.12
+    assert (
+        q['balanced']['value'] == pytest.approx(1 / len(t['classes']), abs=0.08)
+        and abs(q['selectivity']['value']) < 0.12
+    )
 
 
 def test_shuffled_labels_are_never_found(planted):
     for t in planted[2].values():
         found = [q for kind in ('linear', 'hidden') for q in t[kind].values()]
         assert all(q['shuffled']['value'] < t['majority']['value'] + 0.05 for q in found)
-        assert all(q['balanced_shuffled']['value'] == pytest.approx(1 / len(t['classes']), abs=0.15) for q in found)
-        assert np.mean([q['balanced_shuffled']['value'] for q in found]) == pytest.approx(1 / len(t['classes']), abs=0.06)
+        assert all(
+            q['balanced_shuffled']['value'] == pytest.approx(1 / len(t['classes']), abs=0.15) for q in found
+        )
+        assert np.mean([q['balanced_shuffled']['value'] for q in found]) == pytest.approx(
+            1 / len(t['classes']), abs=0.06
+        )
 
 
 def test_the_majority_is_that_of_the_test_side(planted):
     labels, (_, test), report = planted
     for task, (names, column) in labels.items():
         shares = [np.bincount(column.ravel()[places]).max() / len(places) for places in test]
-        assert report[task]['majority'] == pytest.approx({'value': np.mean(shares), 'low': min(shares), 'high': max(shares)}, rel=1e-6)
+        assert report[task]['majority'] == pytest.approx(
+            {'value': np.mean(shares), 'low': min(shares), 'high': max(shares)}, rel=1e-6
+        )
         assert report[task]['classes'] == list(names)
 
 
 def test_probes_trained_together_learn_as_if_alone_and_never_name_a_class_that_a_question_lacks():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 200, 3, generator=generator)
-    labels = torch.stack([(x[..., 0] > 0).long(), (x[..., 1] + x[..., 2] > 1).long() + (x[..., 1] > 0).long()], 1)
+    labels = torch.stack(
+        [(x[..., 0] > 0).long(), (x[..., 1] + x[..., 2] > 1).long() + (x[..., 1] > 0).long()], 1
+    )
     together = Probes(2, 3, [2, 3], 0, 'cpu').fit(x, labels)
     for seed in range(2):
         for i, size in enumerate((2, 3)):
-            alone = Probes(1, 3, [size], 0, 'cpu').fit(x[[seed]], labels[[seed], i:i + 1])
-            torch.testing.assert_close(alone.logits(x[[seed]])[0, 0], together.logits(x)[seed, i, :, :size], rtol=1e-3, atol=1e-3)
+            alone = Probes(1, 3, [size], 0, 'cpu').fit(x[[seed]], labels[[seed], i : i + 1])
+            torch.testing.assert_close(
+                alone.logits(x[[seed]])[0, 0], together.logits(x)[seed, i, :, :size], rtol=1e-3, atol=1e-3
+            )
     for hidden in (0, 8):
         assert Probes(2, 3, [2, 3], hidden, 'cpu').fit(x, labels).predict(10 * x)[0][:, 0].max() == 1
 
@@ -109,8 +178,12 @@ def test_a_linear_probe_is_a_logistic_regression():
     for _ in range(2000):  # down the gradient, to the only minimum
         share = np.exp(X @ W) / np.exp(X @ W).sum(1, keepdims=True)
         W -= X.T @ (share - np.eye(3)[y]) / 120
-    fitted = Probes(1, 2, [3], 0, 'cpu').fit(torch.from_numpy(x).float()[None], torch.from_numpy(y)[None, None])
-    np.testing.assert_allclose(fitted.logits(torch.from_numpy(x).float()[None])[0, 0].softmax(-1).detach(), share, atol=1e-3)
+    fitted = Probes(1, 2, [3], 0, 'cpu').fit(
+        torch.from_numpy(x).float()[None], torch.from_numpy(y)[None, None]
+    )
+    np.testing.assert_allclose(
+        fitted.logits(torch.from_numpy(x).float()[None])[0, 0].softmax(-1).detach(), share, atol=1e-3
+    )
 
 
 def test_balanced_accuracy_is_the_mean_recall_of_the_classes_that_the_test_side_has():
@@ -123,21 +196,31 @@ def test_balanced_accuracy_is_the_mean_recall_of_the_classes_that_the_test_side_
 def test_a_rare_class_is_recalled_as_if_all_classes_were_equally_frequent():
     generator = torch.Generator().manual_seed(0)
     labels = (torch.rand(1, 1, 4000, generator=generator) < 0.02).long()
-    x = (torch.randn(1, 4000, generator=generator) + 2 * labels[0])[..., None]  # two Gaussians: the most probable class changes at 1 + ln(49) / 2 or, fairly, at 1
-    probes, grid = Probes(1, 1, [3], 0, 'cpu').fit(x, labels), torch.arange(-4, 6, 0.01)[None, :, None]  # the third class is never seen
+    x = (torch.randn(1, 4000, generator=generator) + 2 * labels[0])[
+        ..., None
+    ]  # two Gaussians: the most probable class changes at 1 + ln(49) / 2 or, fairly, at 1
+    probes, grid = (
+        Probes(1, 1, [3], 0, 'cpu').fit(x, labels),
+        torch.arange(-4, 6, 0.01)[None, :, None],
+    )  # the third class is never seen
     predicted, fair = (side[0, 0] for side in probes.predict(grid))
-    assert grid[0, predicted.argmax(), 0] == pytest.approx(1 + np.log(49) / 2, abs=0.4) and grid[0, fair.argmax(), 0] == pytest.approx(1, abs=0.4)
+    assert grid[0, predicted.argmax(), 0] == pytest.approx(1 + np.log(49) / 2, abs=0.4) and grid[
+        0, fair.argmax(), 0
+    ] == pytest.approx(1, abs=0.4)
     assert fair.max() == 1
 
 
 def test_dimensions_are_centred_and_scaled_by_the_training_side_alone():
-    train = torch.tensor([[-8., 5, 1], [0, 5, 2], [2, 5, 3], [4, 5, 4], [1000, 5, 5]])[None]
-    test = torch.tensor([[2., 5, 3], [6, 7, 1e6]])[None]
+    train = torch.tensor([[-8.0, 5, 1], [0, 5, 2], [2, 5, 3], [4, 5, 4], [1000, 5, 5]])[None]
+    test = torch.tensor([[2.0, 5, 3], [6, 7, 1e6]])[None]
     for found, x in zip(standardize(train, test), (train, test)):
-        np.testing.assert_allclose(found[0], np.arcsinh((x[0].numpy() - np.array([2, 5, 3])) / np.array([4, 1, 2])), rtol=1e-6)
+        np.testing.assert_allclose(
+            found[0], np.arcsinh((x[0].numpy() - np.array([2, 5, 3])) / np.array([4, 1, 2])), rtol=1e-6
+        )
 
 
 # ---- Documents, windows, tokens
+
 
 def sharded(folder, lengths):
     """Two shards of documents of these lengths, the first shard ended in the middle of the fourth document. Returns the document of each token."""
@@ -160,7 +243,9 @@ def test_windows_are_of_one_group_only_if_a_chain_of_documents_joins_them(tmp_pa
         of = sharded(folder, [50, 3, 40, 60, *rng.integers(1, 30, 30)])
         tokens = Tokens(folder, 'val', 8, 257)
         starts = tokens.fixed_starts(int(rng.integers(5, 25)), seed=draw)
-        shown = [set(of[start:start + 9]) for start in starts]  # the window and the token that it predicts last
+        shown = [
+            set(of[start : start + 9]) for start in starts
+        ]  # the window and the token that it predicts last
         joined = np.array([[bool(a & b) for b in shown] for a in shown])
         for _ in starts:
             joined = joined | (joined.astype(int) @ joined > 0)
@@ -176,7 +261,12 @@ def test_no_document_and_no_window_is_on_both_sides_and_each_side_has_its_share(
         assert not set(groups[test]) & set(groups[~test])
         held.append(test.sum())
     assert 1 <= min(held) and max(held) == 6 and np.mean(held) > 4
-    assert split_windows(np.array([0, 1, 1, 1]), 0).tolist() == [True, False, False, False]  # the smaller of two is tested on
+    assert split_windows(np.array([0, 1, 1, 1]), 0).tolist() == [
+        True,
+        False,
+        False,
+        False,
+    ]  # the smaller of two is tested on
 
 
 def test_what_only_the_tokens_of_a_document_share_is_not_found(monkeypatch):
@@ -184,9 +274,16 @@ def test_what_only_the_tokens_of_a_document_share_is_not_found(monkeypatch):
     rng, document = np.random.default_rng(1), np.arange(300) // 5
     fingerprint, coin = 5 * rng.normal(size=(60, 40)), rng.integers(0, 2, 60)
     x = torch.from_numpy(np.repeat(fingerprint[document], 10, 0) + rng.normal(size=(3000, 40))).float()
-    labels, dims = {'coin': (('no', 'yes'), np.repeat(coin[document, None], 10, 1))}, {'all': np.array([range(40)] * 3)}
-    apart, mixed = (probe.probe(x, labels, draw_samples(groups, 10, 3, 2000), dims)['coin']['linear']['all']['balanced']['value']
-                    for groups in (document, rng.permutation(300)))
+    labels, dims = (
+        {'coin': (('no', 'yes'), np.repeat(coin[document, None], 10, 1))},
+        {'all': np.array([range(40)] * 3)},
+    )
+    apart, mixed = (
+        probe.probe(x, labels, draw_samples(groups, 10, 3, 2000), dims)['coin']['linear']['all']['balanced'][
+            'value'
+        ]
+        for groups in (document, rng.permutation(300))
+    )
     assert apart < 0.65 < 0.85 < mixed
 
 
@@ -197,7 +294,11 @@ def test_a_seed_draws_tokens_of_each_side_without_repetition_and_the_first_of_ev
     for seed in range(5):
         on_test = split_windows(groups, seed)
         for places, side in ((train[seed], ~on_test), (test[seed], on_test)):
-            assert side[places // 10].all() and len(set(places)) == len(places) and set(10 * np.flatnonzero(side)) <= set(places)
+            assert (
+                side[places // 10].all()
+                and len(set(places)) == len(places)
+                and set(10 * np.flatnonzero(side)) <= set(places)
+            )
     assert len({tuple(places) for places in train}) == 5
     assert all((a == b).all() for a, b in zip(draw_samples(groups, 10, 5, 80), (train, test)))
 
@@ -210,7 +311,19 @@ def test_labels_are_those_of_the_token_itself_but_for_the_class_of_the_next(tmp_
     labels = label_windows(tokens, starts, encoding('bytes'), 'python')
     found = {task: [names[v] for v in column[0]] for task, (names, column) in labels.items()}
     white, string = 'white space', 'string'
-    assert found['token class'] == ['name', white, 'operator', white, 'operator', 'number', 'operator', white, *[string] * 6, 'line end', string]
+    assert found['token class'] == [
+        'name',
+        white,
+        'operator',
+        white,
+        'operator',
+        'number',
+        'operator',
+        white,
+        *[string] * 6,
+        'line end',
+        string,
+    ]
     assert found['next token class'] == found['token class'][1:] + [string]
     assert found['first of window'] == ['yes'] + ['no'] * 15
     assert found['position'] == [f'{i}–{i + 1}' for i in range(0, 16, 2) for _ in 'ab']
@@ -224,23 +337,42 @@ def test_the_names_of_the_position_classes_are_the_positions_in_them(tmp_path, b
     write_tokens(tmp_path / 'data', PYTHON * 3)
     tokens = Tokens(tmp_path / 'data', 'val', block_size, 257)
     names, (column,) = label_windows(tokens, np.array([0]), encoding('bytes'), 'python')['position']
-    assert names == [f'{places.min()}–{places.max()}' for places in (np.flatnonzero(column == i) for i in range(8))]
+    assert names == [
+        f'{places.min()}–{places.max()}' for places in (np.flatnonzero(column == i) for i in range(8))
+    ]
 
 
 def test_english_has_sentences_and_no_brackets(tmp_path):
     write_tokens(tmp_path / 'data', ['It is. So (we) go!\n'] * 5)
-    labels = label_windows(Tokens(tmp_path / 'data', 'val', 12, 257), np.array([20]), encoding('bytes'), 'english')
-    assert list(labels) == ['token class', 'next token class', 'first of window', 'position', 'sentence start'] and labels['token class'][0] == CLASSES['english']
+    labels = label_windows(
+        Tokens(tmp_path / 'data', 'val', 12, 257), np.array([20]), encoding('bytes'), 'english'
+    )
+    assert (
+        list(labels) == ['token class', 'next token class', 'first of window', 'position', 'sentence start']
+        and labels['token class'][0] == CLASSES['english']
+    )
     assert np.flatnonzero(labels['sentence start'][1][0]).tolist() == [7]
 
 
 # ---- Dimensions and sublayers
 
+
 def test_dimensions_of_largest_mean_magnitude_are_told_and_random_ones_are_others():
-    m, p = np.array([1., 9, 2, 9, 3, 0, 0, 0, 0, 0]), np.array([7., 1, 0, 0, 8, 0, 0, 0, 0, 0])
+    m, p = np.array([1.0, 9, 2, 9, 3, 0, 0, 0, 0, 0]), np.array([7.0, 1, 0, 0, 8, 0, 0, 0, 0, 0])
     dims = choose_dims(m, p, 2, 40)
-    assert dims['mean'].tolist() == [[1, 3]] * 40 and dims['start'].tolist() == [[4, 0]] * 40 and dims['all'].tolist() == [list(range(10))] * 40
-    assert all(len(set(row)) == 2 for row in dims['random']) and set(dims['random'].ravel()) == {2, 5, 6, 7, 8, 9}
+    assert (
+        dims['mean'].tolist() == [[1, 3]] * 40
+        and dims['start'].tolist() == [[4, 0]] * 40
+        and dims['all'].tolist() == [list(range(10))] * 40
+    )
+    assert all(len(set(row)) == 2 for row in dims['random']) and set(dims['random'].ravel()) == {
+        2,
+        5,
+        6,
+        7,
+        8,
+        9,
+    }
 
 
 class Measured:
@@ -259,6 +391,7 @@ def test_auto_takes_the_sublayer_of_the_largest_ratio_and_the_last():
 
 # ---- The command
 
+
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
     """Both arms probed by one command. Documents of 34 to 53 tokens, windows of 16."""
@@ -273,18 +406,28 @@ def run(tmp_path_factory):
 
 
 def report_in(folder):
-    return json.loads(Path(folder, 'probe.json').read_text(), parse_constant=lambda name: pytest.fail(f'{name} is not JSON'))
+    return json.loads(
+        Path(folder, 'probe.json').read_text(), parse_constant=lambda name: pytest.fail(f'{name} is not JSON')
+    )
 
 
 def test_every_stream_task_probe_and_set_is_reported_for_both_arms(run):
     root, printed = run
     for arm, streams in (('baseline', ['h']), ('ledger', ['D', 'C'])):
         report = report_in(root / 'out' / arm)
-        assert list(report['streams']) == streams and report['data']['language'] == 'python' and report['settings']['seeds'] == 2
+        assert (
+            list(report['streams']) == streams
+            and report['data']['language'] == 'python'
+            and report['settings']['seeds'] == 2
+        )
         for places in report['streams'].values():
             assert places[-1]['sublayer'] == 3
             for place in places:
-                assert len(place['tasks']) == 7 and all(set(t[kind]) == {'mean', 'start', 'random', 'all'} for t in place['tasks'].values() for kind in ('linear', 'hidden'))
+                assert len(place['tasks']) == 7 and all(
+                    set(t[kind]) == {'mean', 'start', 'random', 'all'}
+                    for t in place['tasks'].values()
+                    for kind in ('linear', 'hidden')
+                )
         assert (root / 'out' / arm / 'probe.png').read_bytes()[:4] == b'\x89PNG'
     assert max(map(len, printed.splitlines())) <= 110
 
@@ -293,12 +436,21 @@ def test_every_stream_task_probe_and_set_is_reported_for_both_arms(run):
 def test_the_dimensions_and_the_sublayer_are_those_that_numpy_finds(run, arm, stream):
     root, _ = run
     path, tokens = root / 'out' / arm / 'ckpt.pt', Tokens(root / 'data', 'val', 16, 257)
-    a = abs(observe(build_model(load_checkpoint(path), path), tokens.windows(tokens.fixed_starts(60))[0])[1][stream])  # (sublayers, N, T, d)
+    a = abs(
+        observe(build_model(load_checkpoint(path), path), tokens.windows(tokens.fixed_starts(60))[0])[1][
+            stream
+        ]
+    )  # (sublayers, N, T, d)
     m, p = a.mean((1, 2)), a[:, :, 0].mean(1)
     places = report_in(path.parent)['streams'][stream]
-    assert [place['sublayer'] for place in places] == sorted({int((m.max(-1) / np.median(m, -1)).argmax()), 3})
+    assert [place['sublayer'] for place in places] == sorted(
+        {int((m.max(-1) / np.median(m, -1)).argmax()), 3}
+    )
     for place in places:
-        assert place['mean_dims'] == (-m[place['sublayer']]).argsort()[:2].tolist() and place['start_dims'] == (-p[place['sublayer']]).argsort()[:2].tolist()
+        assert (
+            place['mean_dims'] == (-m[place['sublayer']]).argsort()[:2].tolist()
+            and place['start_dims'] == (-p[place['sublayer']]).argsort()[:2].tolist()
+        )
 
 
 def test_what_is_probed_is_the_stream_as_it_leaves_the_sublayer(run):
@@ -312,10 +464,22 @@ def test_what_is_probed_is_the_stream_as_it_leaves_the_sublayer(run):
     assert len(features) == 2
 
 
-def test_one_stream_and_one_sublayer_can_be_asked_for_and_a_second_run_says_the_same(run, tmp_path, monkeypatch):
+def test_one_stream_and_one_sublayer_can_be_asked_for_and_a_second_run_says_the_same(
+    run, tmp_path, monkeypatch
+):
     monkeypatch.setattr(probe, 'STEPS', 3)
     for name in 'ab':
-        command('--ckpt', run[0] / 'out/ledger', '--stream=C', '--sublayer=1', '--sequences=20', '--seeds=1', '--tokens=64', '--top=6', f'--out={tmp_path / name}')
+        command(
+            '--ckpt',
+            run[0] / 'out/ledger',
+            '--stream=C',
+            '--sublayer=1',
+            '--sequences=20',
+            '--seeds=1',
+            '--tokens=64',
+            '--top=6',
+            f'--out={tmp_path / name}',
+        )
     first, second = ((tmp_path / name / 'ledger/probe.json').read_bytes() for name in 'ab')
     places = json.loads(first)['streams']
     assert first == second and [place['sublayer'] for place in places.pop('C')] == [1] and not places
@@ -333,11 +497,21 @@ def test_other_data_than_those_of_the_training_are_probed_if_forced(run, tmp_pat
     assert report_in(path.parent)['streams']
 
 
-@pytest.mark.parametrize('flags, sentence', [
-    (['--stream=h'], '--stream=h, but .*ckpt.pt has D, C'), (['--sublayer=4'], '--sublayer=4, but the sublayers of .* are 0 to 3'),
-    (['--sublayer=-1'], '--sublayer=-1, but'), (['--sublayer=last'], '--sublayer=last, but'), (['--top=7'], '--top=7, but .* has 20 dimensions: ask for at most 6'),
-    (['--top=0'], '--top is 0: expected at least 1'), (['--seeds=0'], '--seeds is 0'), (['--sequences=1'], '--sequences is 1'), (['--tokens=1'], '--tokens is 1'),
-    (['--sequences=9999'], 'one chain of documents')])
+@pytest.mark.parametrize(
+    'flags, sentence',
+    [
+        (['--stream=h'], '--stream=h, but .*ckpt.pt has D, C'),
+        (['--sublayer=4'], '--sublayer=4, but the sublayers of .* are 0 to 3'),
+        (['--sublayer=-1'], '--sublayer=-1, but'),
+        (['--sublayer=last'], '--sublayer=last, but'),
+        (['--top=7'], '--top=7, but .* has 20 dimensions: ask for at most 6'),
+        (['--top=0'], '--top is 0: expected at least 1'),
+        (['--seeds=0'], '--seeds is 0'),
+        (['--sequences=1'], '--sequences is 1'),
+        (['--tokens=1'], '--tokens is 1'),
+        (['--sequences=9999'], 'one chain of documents'),
+    ],
+)
 def test_what_cannot_be_probed_is_refused_in_a_sentence(run, flags, sentence):
     with pytest.raises(SystemExit, match=f'^error: .*{sentence}') as refused:
         command('--ckpt', run[0] / 'out/ledger', *flags)
@@ -347,10 +521,20 @@ def test_what_cannot_be_probed_is_refused_in_a_sentence(run, flags, sentence):
 @pytest.mark.gpu
 def test_a_gpu_says_what_the_cpu_says(run, tmp_path):
     for device in ('cpu', 'cuda'):
-        command('--ckpt', run[0] / 'out/ledger', '--sequences=60', '--seeds=2', '--tokens=400', f'--device={device}', f'--out={tmp_path / device}')
+        command(
+            '--ckpt',
+            run[0] / 'out/ledger',
+            '--sequences=60',
+            '--seeds=2',
+            '--tokens=400',
+            f'--device={device}',
+            f'--out={tmp_path / device}',
+        )
     cpu, gpu = (report_in(tmp_path / device / 'ledger')['streams'] for device in ('cpu', 'cuda'))
     for stream in cpu:
         for ours, theirs in zip(cpu[stream], gpu[stream]):
             assert ours['mean_dims'] == theirs['mean_dims']
             for task, t in ours['tasks'].items():
-                assert t['linear']['mean']['accuracy']['value'] == pytest.approx(theirs['tasks'][task]['linear']['mean']['accuracy']['value'], abs=0.03)
+                assert t['linear']['mean']['accuracy']['value'] == pytest.approx(
+                    theirs['tasks'][task]['linear']['mean']['accuracy']['value'], abs=0.03
+                )

@@ -1,6 +1,6 @@
 """The README keeps its word: its example works, its numbers are those in results/, and it is short."""
+
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +11,7 @@ from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / 'README.md').read_text()
-sys.path.insert(0, str(ROOT / 'results'))
-import tables  # noqa: E402
+from studies import tables
 
 TABLES, SENTENCES = tables.tables(), tables.sentences()
 
@@ -25,7 +24,11 @@ def test_the_example_of_a_new_residual_operator_trains_as_it_stands(monkeypatch)
     monkeypatch.setattr(model, 'RESIDUALS', dict(model.RESIDUALS))
     exec(block_after('example'), vars(model) | {'RESIDUALS': model.RESIDUALS})
     torch.manual_seed(0)
-    net = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=11, gate_rank=2, residual='no_erase'))
+    net = GPT(
+        GPTConfig(
+            n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=11, gate_rank=2, residual='no_erase'
+        )
+    )
     x = torch.randint(11, (4, 8))
     optimizer, losses = torch.optim.AdamW(net.parameters(), lr=1e-2), []
     for _ in range(20):

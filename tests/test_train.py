@@ -1,4 +1,5 @@
 """The job: what a command line means, what a run leaves behind, and that it is the same run however it is cut up."""
+
 import inspect
 import json
 import math
@@ -18,16 +19,38 @@ import torch
 
 import data.loader
 import train
+from checkpoint import build_model
+from data.loader import UserError
 from data.pysource import prepare
-from model import GPT, UserError, build_model
+from model import GPT
 from train import Config, World, learning_rate, make_optimizer, read_config
 
 ROOT = Path(train.__file__).parent
-TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4, max_iters=20, warmup_iters=4, lr=0.01, eval_interval=7, eval_sequences=16,
-            ckpt_interval=10, compile=False, device='cpu')
+TINY = dict(
+    n_layer=1,
+    n_head=2,
+    n_embd=16,
+    block_size=16,
+    batch_size=4,
+    max_iters=20,
+    warmup_iters=4,
+    lr=0.01,
+    eval_interval=7,
+    eval_sequences=16,
+    ckpt_interval=10,
+    compile=False,
+    device='cpu',
+)
 ARMS = {'baseline': {}, 'ledger': dict(residual='ledger', gate_rank=4)}
 TIMES = {'tokens_per_s', 'mfu', 'streams_s'}
-TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', train.__file__]
+TORCHRUN = [
+    sys.executable,
+    '-m',
+    'torch.distributed.run',
+    '--standalone',
+    '--nproc_per_node=2',
+    train.__file__,
+]
 every_arm = pytest.mark.parametrize('arm', ARMS)
 
 
@@ -38,13 +61,20 @@ def write_dataset(folder):
     for split, count, seed in (('train', 6000, 0), ('val', 1500, 1)):
         text = ' '.join(np.random.default_rng(seed).choice(words, count))[:count]
         np.frombuffer(text.encode(), dtype=np.uint8).astype('<u2').tofile(folder / f'{split}.bin')
-    hashes = {f'{split}.bin': sha256((folder / f'{split}.bin').read_bytes()).hexdigest() for split in ('train', 'val')}
-    (folder / 'meta.json').write_text(json.dumps({'tokenizer': 'bytes', 'vocab_size': 257, 'eot': 256, 'sha256': hashes}))
+    hashes = {
+        f'{split}.bin': sha256((folder / f'{split}.bin').read_bytes()).hexdigest()
+        for split in ('train', 'val')
+    }
+    (folder / 'meta.json').write_text(
+        json.dumps({'tokenizer': 'bytes', 'vocab_size': 257, 'eot': 256, 'sha256': hashes})
+    )
     return folder
 
 
 def flags(dataset, out, **settings):
-    return [f'--{key}={value}' for key, value in {**TINY, 'dataset': dataset, 'out_dir': out, **settings}.items()]
+    return [
+        f'--{key}={value}' for key, value in {**TINY, 'dataset': dataset, 'out_dir': out, **settings}.items()
+    ]
 
 
 def run(dataset, out, **settings):
@@ -83,7 +113,9 @@ def equal(a, b):
 
 def same_state(one, other):
     """Whether two checkpoints hold the same run at the same point: all but the command line that got it there."""
-    one, other = ({key: value for key, value in load(path).items() if key != 'config'} for path in (one, other))
+    one, other = (
+        {key: value for key, value in load(path).items() if key != 'config'} for path in (one, other)
+    )
     return equal(one, other)
 
 
@@ -97,7 +129,9 @@ def numbers(lines):
 def at_step(monkeypatch, number, action):
     """Makes every run call action(run) when it is about to take step `number`."""
     take = train.Run.step
-    monkeypatch.setattr(train.Run, 'step', lambda run: (action(run) if run.iter_num == number else None, take(run))[1])
+    monkeypatch.setattr(
+        train.Run, 'step', lambda run: (action(run) if run.iter_num == number else None, take(run))[1]
+    )
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -129,43 +163,58 @@ def dataset(tmp_path_factory):
 def straight(tmp_path_factory, dataset):
     """The folder of a run of 20 steps for each arm."""
     out = tmp_path_factory.mktemp('straight')
-    return {arm: run(dataset, out / arm, micro_batch=2, snapshots='0,3', **settings) for arm, settings in ARMS.items()}
+    return {
+        arm: run(dataset, out / arm, micro_batch=2, snapshots='0,3', **settings)
+        for arm, settings in ARMS.items()
+    }
 
 
 # ---- Settings
 
+
 def test_a_flag_has_the_last_word_over_the_file_and_the_file_over_the_default(tmp_path):
     (tmp_path / 'mine.py').write_text('import math\n_half = 0.5\nlr = 2 * _half\nn_layer = 3\n')
-    config = read_config([str(tmp_path / 'mine.py'), '--n_layer=4', '--batch_size=1e1', '--weight_decay=1', '--compile=False'])
-    assert (config.lr, config.n_layer, config.batch_size, config.n_head, config.compile) == (1.0, 4, 10, 12, False)
+    config = read_config(
+        [str(tmp_path / 'mine.py'), '--n_layer=4', '--batch_size=1e1', '--weight_decay=1', '--compile=False']
+    )
+    assert (config.lr, config.n_layer, config.batch_size, config.n_head, config.compile) == (
+        1.0,
+        4,
+        10,
+        12,
+        False,
+    )
     assert type(config.weight_decay) is float and type(config.batch_size) is int
     assert config.out_dir == 'out/mine'
 
 
-@pytest.mark.parametrize('given, sentence', [  # given: a command line, or the text of a config file
-    (['--n_layers=2'], "there is no setting 'n_layers', did you mean 'n_layer'?"),
-    (['--qqq=2'], "there is no setting 'qqq': python train.py --help lists them"),
-    (['--n_layer=two'], "n_layer is 'two', expected a whole number"),
-    (['--n_layer=2.5'], 'n_layer is 2.5, expected a whole number'),
-    (['--lr=fast'], "lr is 'fast', expected a number"),
-    (['--compile=1'], 'compile is 1, expected True or False'),
-    (['--compile=true'], "compile is 'true', expected True or False"),
-    (['--n_layer'], 'as --key=value'),
-    (['--lr=1', '--lr=2'], 'every setting once'),
-    (['one.py', 'two.py'], 'more than one config file (one.py, two.py)'),
-    (['nowhere.py'], 'no config file nowhere.py'),
-    (['--gate_rank=8'], "gate_rank does nothing where residual is 'baseline': it belongs to 'ledger'"),
-    (['--decode_gamma=0.0'], 'decode_gamma does nothing'),
-    ('commit_sparsity = 0.02', 'commit_sparsity does nothing'),
-    ('n_layers = 2', "mine.py: there is no setting 'n_layers', did you mean 'n_layer'?"),
-    ("n_layer = '2'", "mine.py: n_layer is '2', expected a whole number"),
-    ('n_layer = 2.0', 'mine.py: n_layer is 2.0, expected a whole number'),
-    ('compile = 0', 'mine.py: compile is 0, expected True or False'),
-    ('dataset = 3', 'mine.py: dataset is 3, expected text in quotes'),
-    ('lr = 1\n\nn_layer = (2', 'mine.py, line 3: SyntaxError'),
-    ('lr = 1\nn_layer = 1 // 0', 'mine.py, line 2: ZeroDivisionError'),
-    ('import sys\nsys.exit()', 'mine.py, line 2: SystemExit'),
-])
+@pytest.mark.parametrize(
+    'given, sentence',
+    [  # given: a command line, or the text of a config file
+        (['--n_layers=2'], "there is no setting 'n_layers', did you mean 'n_layer'?"),
+        (['--qqq=2'], "there is no setting 'qqq': python train.py --help lists them"),
+        (['--n_layer=two'], "n_layer is 'two', expected a whole number"),
+        (['--n_layer=2.5'], 'n_layer is 2.5, expected a whole number'),
+        (['--lr=fast'], "lr is 'fast', expected a number"),
+        (['--compile=1'], 'compile is 1, expected True or False'),
+        (['--compile=true'], "compile is 'true', expected True or False"),
+        (['--n_layer'], 'as --key=value'),
+        (['--lr=1', '--lr=2'], 'every setting once'),
+        (['one.py', 'two.py'], 'more than one config file (one.py, two.py)'),
+        (['nowhere.py'], 'no config file nowhere.py'),
+        (['--gate_rank=8'], "gate_rank does nothing where residual is 'baseline': it belongs to 'ledger'"),
+        (['--decode_gamma=0.0'], 'decode_gamma does nothing'),
+        ('commit_sparsity = 0.02', 'commit_sparsity does nothing'),
+        ('n_layers = 2', "mine.py: there is no setting 'n_layers', did you mean 'n_layer'?"),
+        ("n_layer = '2'", "mine.py: n_layer is '2', expected a whole number"),
+        ('n_layer = 2.0', 'mine.py: n_layer is 2.0, expected a whole number'),
+        ('compile = 0', 'mine.py: compile is 0, expected True or False'),
+        ('dataset = 3', 'mine.py: dataset is 3, expected text in quotes'),
+        ('lr = 1\n\nn_layer = (2', 'mine.py, line 3: SyntaxError'),
+        ('lr = 1\nn_layer = 1 // 0', 'mine.py, line 2: ZeroDivisionError'),
+        ('import sys\nsys.exit()', 'mine.py, line 2: SystemExit'),
+    ],
+)
 def test_a_mistake_in_the_settings_is_named_with_its_place(tmp_path, monkeypatch, given, sentence):
     monkeypatch.chdir(tmp_path)
     Path('mine.py').write_text(given if isinstance(given, str) else '')
@@ -174,14 +223,31 @@ def test_a_mistake_in_the_settings_is_named_with_its_place(tmp_path, monkeypatch
     assert sentence in str(error.value) and '\n' not in str(error.value)
 
 
-PUBLISHED = dict(dataset='fineweb_edu', block_size=1024, lr=3e-4, warmup_iters=300, min_lr_ratio=0.1, weight_decay=0.1, beta1=0.9, beta2=0.999,
-                 grad_clip=1.0, gate_rank=64, bf16_streams=False, decode_gamma=0.0)
-SCALES = {'160m': dict(PUBLISHED, n_layer=12, n_head=12, n_embd=768, batch_size=24, max_iters=14000),
-          '290m': dict(PUBLISHED, n_layer=12, n_head=16, n_embd=1024, batch_size=16, max_iters=8000),
-          'demo': dict(dataset='pysource_demo')}
-PUBLISHED_ARMS = {'baseline': dict(residual='baseline', qk_norm=False), 'qknorm': dict(residual='baseline', qk_norm=True),
-                  'ledger': dict(residual='ledger', qk_norm=False, commit_sparsity=0.02),
-                  'ledger_hs': dict(residual='ledger', qk_norm=False, commit_sparsity=0.3)}
+PUBLISHED = dict(
+    dataset='fineweb_edu',
+    block_size=1024,
+    lr=3e-4,
+    warmup_iters=300,
+    min_lr_ratio=0.1,
+    weight_decay=0.1,
+    beta1=0.9,
+    beta2=0.999,
+    grad_clip=1.0,
+    gate_rank=64,
+    bf16_streams=False,
+    decode_gamma=0.0,
+)
+SCALES = {
+    '160m': dict(PUBLISHED, n_layer=12, n_head=12, n_embd=768, batch_size=24, max_iters=14000),
+    '290m': dict(PUBLISHED, n_layer=12, n_head=16, n_embd=1024, batch_size=16, max_iters=8000),
+    'demo': dict(dataset='pysource_demo'),
+}
+PUBLISHED_ARMS = {
+    'baseline': dict(residual='baseline', qk_norm=False),
+    'qknorm': dict(residual='baseline', qk_norm=True),
+    'ledger': dict(residual='ledger', qk_norm=False, commit_sparsity=0.02),
+    'ledger_hs': dict(residual='ledger', qk_norm=False, commit_sparsity=0.3),
+}
 
 
 def test_there_is_one_config_file_for_each_arm_and_scale_and_it_holds_the_reference_settings():
@@ -207,27 +273,40 @@ def test_importing_trains_nothing_and_help_prints_every_setting_with_its_default
 def test_the_learning_rate_climbs_in_a_line_and_falls_along_a_cosine_to_a_tenth(warmup):
     config = Config(lr=0.3, warmup_iters=warmup, max_iters=100)
     fall = np.linspace(0, np.pi / 2, 101 - warmup)
-    expected = np.concatenate([0.3 * np.arange(1, warmup + 1) / max(1, warmup), 0.3 - 0.27 * np.sin(fall) ** 2])
+    expected = np.concatenate(
+        [0.3 * np.arange(1, warmup + 1) / max(1, warmup), 0.3 - 0.27 * np.sin(fall) ** 2]
+    )
     np.testing.assert_allclose([learning_rate(it, config) for it in range(101)], expected, rtol=1e-12)
     assert max(expected) == 0.3 and math.isclose(learning_rate(100, config), 0.03)
 
 
 # ---- The batch and the step
 
+
 def test_a_batch_that_the_processes_cannot_share_is_refused_with_what_they_can():
     world = World('cpu')
     world.size = 4
-    assert [world.share(Config(batch_size=24, micro_batch=n)) for n in (0, 1, 3, 6, 12)] == [(6, 6), (6, 1), (6, 3), (6, 6), (6, 6)]
+    assert [world.share(Config(batch_size=24, micro_batch=n)) for n in (0, 1, 3, 6, 12)] == [
+        (6, 6),
+        (6, 1),
+        (6, 3),
+        (6, 6),
+        (6, 6),
+    ]
     with pytest.raises(UserError, match='micro_batch = 4 does not divide the 6 sequences'):
         world.share(Config(batch_size=24, micro_batch=4))
-    with pytest.raises(UserError, match='batch_size = 18 cannot be shared by 4 processes: it can by 1, 2, 3, 6, 9, 18$'):
+    with pytest.raises(
+        UserError, match='batch_size = 18 cannot be shared by 4 processes: it can by 1, 2, 3, 6, 9, 18$'
+    ):
         world.share(Config(batch_size=18))
 
 
 def test_gradient_accumulation_is_the_whole_batch(tmp_path, dataset, capsys):
     seen = []
     for n in (4, 2, 1):
-        lines = log(run(dataset, tmp_path / str(n), micro_batch=n, eval_sequences=4, log_interval=1, **ARMS['ledger']))
+        lines = log(
+            run(dataset, tmp_path / str(n), micro_batch=n, eval_sequences=4, log_interval=1, **ARMS['ledger'])
+        )
         printed = [float(loss) for loss in re.findall(r' \| loss ([0-9.]+)', capsys.readouterr().out)]
         assert len(printed) == 20
         seen.append((numbers(lines), printed))
@@ -237,14 +316,25 @@ def test_gradient_accumulation_is_the_whole_batch(tmp_path, dataset, capsys):
 
 
 def test_a_step_is_adamw_with_clipped_gradients_on_the_windows_of_its_seed_and_number(tmp_path, dataset):
-    settings = dict(ARMS['ledger'], max_iters=3, warmup_iters=2, seed=5, grad_clip=0.1, beta1=0.8, beta2=0.9, weight_decay=0.3)
+    settings = dict(
+        ARMS['ledger'],
+        max_iters=3,
+        warmup_iters=2,
+        seed=5,
+        grad_clip=0.1,
+        beta1=0.8,
+        beta2=0.9,
+        weight_decay=0.3,
+    )
     trained = load(run(dataset, tmp_path / 'out', **settings) / 'ckpt.pt')['model']
     config = Config(**{**TINY, **settings})
     torch.manual_seed(5)
     model, tokens = GPT(config.model_config(257)), data.loader.Tokens(dataset, 'train', 16, 257)
     m, v = ([torch.zeros_like(p) for p in model.parameters()] for _ in range(2))
     for it in range(3):
-        gradients = torch.autograd.grad(model(*tokens.windows(tokens.training_starts(5, it, 4)))[0], list(model.parameters()))
+        gradients = torch.autograd.grad(
+            model(*tokens.windows(tokens.training_starts(5, it, 4)))[0], list(model.parameters())
+        )
         norm, lr = math.sqrt(sum(g.double().square().sum() for g in gradients)), learning_rate(it, config)
         assert norm > 0.1
         for p, g, m_p, v_p in zip(model.parameters(), gradients, m, v):
@@ -252,7 +342,9 @@ def test_a_step_is_adamw_with_clipped_gradients_on_the_windows_of_its_seed_and_n
             m_p.copy_(0.8 * m_p + 0.2 * g)
             v_p.copy_(0.9 * v_p + 0.1 * g * g)
             decay = lr * 0.3 if p.ndim == 2 else 0
-            p.data = (1 - decay) * p.data - lr * m_p / (1 - 0.8 ** (it + 1)) / ((v_p / (1 - 0.9 ** (it + 1))).sqrt() + 1e-8)
+            p.data = (1 - decay) * p.data - lr * m_p / (1 - 0.8 ** (it + 1)) / (
+                (v_p / (1 - 0.9 ** (it + 1))).sqrt() + 1e-8
+            )
     for name, p in model.named_parameters():
         torch.testing.assert_close(trained[name], p.data, rtol=1e-4, atol=1e-6)
 
@@ -268,35 +360,71 @@ def test_the_loss_goes_down(straight, arm):
 def test_exactly_matrices_and_embeddings_decay(arm):
     model = GPT(Config(**{**TINY, **ARMS[arm]}, qk_norm=True).model_config(257))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    matrices = {f'{name}.weight' for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Embedding))}
-    decay = {names[id(p)]: group['weight_decay'] for group in make_optimizer(model, Config(weight_decay=0.3)).param_groups for p in group['params']}
+    matrices = {
+        f'{name}.weight'
+        for name, module in model.named_modules()
+        if isinstance(module, (torch.nn.Linear, torch.nn.Embedding))
+    }
+    decay = {
+        names[id(p)]: group['weight_decay']
+        for group in make_optimizer(model, Config(weight_decay=0.3)).param_groups
+        for p in group['params']
+    }
     assert decay == {name: 0.3 if name in matrices else 0.0 for name in names.values()}
 
 
-@pytest.mark.parametrize('arm, bf16_streams, precision', [
-    ('baseline', False, 'bfloat16 autocast, float32 streams'), ('ledger', True, 'bfloat16 autocast, bfloat16 streams')])
+@pytest.mark.parametrize(
+    'arm, bf16_streams, precision',
+    [
+        ('baseline', False, 'bfloat16 autocast, float32 streams'),
+        ('ledger', True, 'bfloat16 autocast, bfloat16 streams'),
+    ],
+)
 def test_bfloat16_stays_near_float32(tmp_path, dataset, straight, arm, bf16_streams, precision):
     lines = log(run(dataset, tmp_path / 'out', dtype='bfloat16', bf16_streams=bf16_streams, **ARMS[arm]))
     assert lines[0]['precision'] == precision
     losses = {line['iter']: line['val_loss'] for line in log(straight[arm])}
-    np.testing.assert_allclose([line['val_loss'] for line in lines], [losses[line['iter']] for line in lines], rtol=0.02)
+    np.testing.assert_allclose(
+        [line['val_loss'] for line in lines], [losses[line['iter']] for line in lines], rtol=0.02
+    )
 
 
 @pytest.mark.slow
 def test_the_compiled_run_is_the_eager_run(tmp_path, dataset, straight):
     compiled = log(run(dataset, tmp_path / 'out', compile=True, snapshots='0,3', **ARMS['ledger']))
-    np.testing.assert_allclose([line['val_loss'] for line in compiled], [line['val_loss'] for line in log(straight['ledger'])], rtol=1e-5)
+    np.testing.assert_allclose(
+        [line['val_loss'] for line in compiled],
+        [line['val_loss'] for line in log(straight['ledger'])],
+        rtol=1e-5,
+    )
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize('arm', ARMS)
 def test_on_a_gpu_cuda_graphs_take_the_same_steps(tmp_path, dataset, arm):
     torch.compiler.reset()  # or the compilations of all tests count against one limit
-    plain, graphs = (log(run(dataset, tmp_path / str(on), device='cuda', dtype='float32', compile=True, cuda_graphs=on, micro_batch=2, **ARMS[arm])) for on in (False, True))
-    np.testing.assert_allclose([line['val_loss'] for line in graphs], [line['val_loss'] for line in plain], rtol=1e-4)
+    plain, graphs = (
+        log(
+            run(
+                dataset,
+                tmp_path / str(on),
+                device='cuda',
+                dtype='float32',
+                compile=True,
+                cuda_graphs=on,
+                micro_batch=2,
+                **ARMS[arm],
+            )
+        )
+        for on in (False, True)
+    )
+    np.testing.assert_allclose(
+        [line['val_loss'] for line in graphs], [line['val_loss'] for line in plain], rtol=1e-4
+    )
 
 
 # ---- The record
+
 
 @every_arm
 def test_the_log_has_a_line_at_zero_at_powers_of_two_at_every_interval_and_at_the_end(straight, arm):
@@ -306,43 +434,85 @@ def test_the_log_has_a_line_at_zero_at_powers_of_two_at_every_interval_and_at_th
 
 @every_arm
 def test_a_log_line_lacks_nothing_that_later_work_reads(straight, arm):
-    per_sublayer = {'top1', 'top2', 'top3', 'median', 'max_over_median', 'kurtosis', 'norm', 'fixed_dim_ratio', 'start_ratio', 'start_token_concentration',
-                    'start_dim_concentration'}
+    per_sublayer = {
+        'top1',
+        'top2',
+        'top3',
+        'median',
+        'max_over_median',
+        'kurtosis',
+        'norm',
+        'fixed_dim_ratio',
+        'start_ratio',
+        'start_token_concentration',
+        'start_dim_concentration',
+    }
     assert TIMES <= json.loads((straight[arm] / 'log.jsonl').read_text().splitlines()[-1]).keys()
     for line in log(straight[arm]):
-        assert {'iter', 'tokens', 'train_loss', 'val_loss', 'lr', 'commit_rate', 'precision', 'streams'} <= line.keys()
-        assert line['tokens'] == line['iter'] * 4 * 16 and math.isclose(line['lr'], learning_rate(line['iter'], Config(**TINY)))
-        assert len(line['commit_rate']) == (2 if arm == 'ledger' else 0) and all(0 < c < 1 for c in line['commit_rate'])
+        assert {
+            'iter',
+            'tokens',
+            'train_loss',
+            'val_loss',
+            'lr',
+            'commit_rate',
+            'precision',
+            'streams',
+        } <= line.keys()
+        assert line['tokens'] == line['iter'] * 4 * 16 and math.isclose(
+            line['lr'], learning_rate(line['iter'], Config(**TINY))
+        )
+        assert len(line['commit_rate']) == (2 if arm == 'ledger' else 0) and all(
+            0 < c < 1 for c in line['commit_rate']
+        )
         assert set(line['streams']) == ({'D', 'C'} if arm == 'ledger' else {'h'})
         for stream in line['streams'].values():
             assert all(len(stream[key]) == 2 and all(map(math.isfinite, stream[key])) for key in per_sublayer)
-            assert 0 <= stream['persistence'] <= 1 and stream['dominant_dim'] in range(16) and stream['start_dim'] in range(16)
+            assert (
+                0 <= stream['persistence'] <= 1
+                and stream['dominant_dim'] in range(16)
+                and stream['start_dim'] in range(16)
+            )
 
 
 def recomputed(path, dataset):
     """The validation loss of a checkpoint's weights, on the windows that the log uses."""
     tokens = data.loader.Tokens(dataset, 'val', TINY['block_size'], 257)
     with torch.no_grad():
-        return build_model(load(path), path)(*tokens.windows(tokens.fixed_starts(TINY['eval_sequences'])))[1].item()
+        return build_model(load(path), path)(*tokens.windows(tokens.fixed_starts(TINY['eval_sequences'])))[
+            1
+        ].item()
 
 
 @every_arm
 def test_every_file_of_a_run_has_its_role(straight, dataset, arm):
     out, lines = straight[arm], {line['iter']: line for line in log(straight[arm])}
     files = {path.name: load(path) for path in out.glob('*.pt')}
-    assert {name: file['iter_num'] for name, file in files.items()} == {'ckpt.pt': 20, 'ckpt_prev.pt': 10, 'ckpt_best.pt': 20, 'ckpt_0.pt': 0, 'ckpt_3.pt': 3}
+    assert {name: file['iter_num'] for name, file in files.items()} == {
+        'ckpt.pt': 20,
+        'ckpt_prev.pt': 10,
+        'ckpt_best.pt': 20,
+        'ckpt_0.pt': 0,
+        'ckpt_3.pt': 3,
+    }
     assert {path.name for path in out.iterdir()} == {*files, 'log.jsonl', 'lock'}
     for name, file in files.items():
         assert {'model', 'model_args', 'iter_num', 'val_loss', 'config'} <= file.keys()
-        assert {'optimizer', 'best_val_loss'} & file.keys() == ({'optimizer', 'best_val_loss'} if name in ('ckpt.pt', 'ckpt_prev.pt') else set())
-        assert all(type(value) in (int, float, bool, str) for value in (file['config'] | file['model_args']).values())
+        assert {'optimizer', 'best_val_loss'} & file.keys() == (
+            {'optimizer', 'best_val_loss'} if name in ('ckpt.pt', 'ckpt_prev.pt') else set()
+        )
+        assert all(
+            type(value) in (int, float, bool, str) for value in (file['config'] | file['model_args']).values()
+        )
         assert file['val_loss'] == pytest.approx(recomputed(out / name, dataset), rel=1e-5), name
     assert files['ckpt.pt']['val_loss'] == lines[20]['val_loss']
 
 
 def test_ckpt_best_is_the_best_of_those_saved(tmp_path):
     folder = write_dataset(tmp_path / 'data')
-    np.random.default_rng(2).integers(0, 256, 1500).astype('<u2').tofile(folder / 'val.bin')  # noise: learning the text makes it worse
+    np.random.default_rng(2).integers(0, 256, 1500).astype('<u2').tofile(
+        folder / 'val.bin'
+    )  # noise: learning the text makes it worse
     for init_from in ('scratch', 'resume'):
         out = run(folder, tmp_path / 'out', ckpt_interval=4, lr=0.03, init_from=init_from)
         best = load(out / 'ckpt_best.pt')
@@ -354,18 +524,23 @@ def test_ckpt_best_is_the_best_of_those_saved(tmp_path):
 
 # ---- One run, however it is cut up
 
+
 @every_arm
 def test_twenty_steps_are_ten_and_a_resume_and_ten_bit_for_bit(tmp_path, dataset, straight, arm):
     out = tmp_path / 'out'
     shutil.copytree(straight[arm], out)  # with log lines up to 20, of which those past 10 have to go
     os.replace(out / 'ckpt_prev.pt', out / 'ckpt.pt')
     run(dataset, out, init_from='resume', micro_batch=2, snapshots='0,3', **ARMS[arm])
-    assert same_state(out / 'ckpt.pt', straight[arm] / 'ckpt.pt') and same_state(out / 'ckpt_best.pt', straight[arm] / 'ckpt_best.pt')
+    assert same_state(out / 'ckpt.pt', straight[arm] / 'ckpt.pt') and same_state(
+        out / 'ckpt_best.pt', straight[arm] / 'ckpt_best.pt'
+    )
     assert log(out) == log(straight[arm])
 
 
 @pytest.mark.parametrize('number, step', [(signal.SIGTERM, 8), (signal.SIGINT, 13)])
-def test_a_signal_ends_the_run_after_its_step_and_a_resume_makes_up_for_it(tmp_path, dataset, straight, monkeypatch, capsys, number, step):
+def test_a_signal_ends_the_run_after_its_step_and_a_resume_makes_up_for_it(
+    tmp_path, dataset, straight, monkeypatch, capsys, number, step
+):
     out, argv = tmp_path / 'out', dict(micro_batch=2, snapshots='0,3', **ARMS['ledger'])
     with monkeypatch.context() as patch:
         at_step(patch, step, lambda run: os.kill(os.getpid(), number))
@@ -380,10 +555,17 @@ def test_a_signal_ends_the_run_after_its_step_and_a_resume_makes_up_for_it(tmp_p
 
 def test_a_process_that_is_terminated_saves_and_a_resume_makes_up_for_it(tmp_path, dataset):
     settings = dict(max_iters=150, eval_interval=100, ckpt_interval=100, eval_sequences=4, log_interval=1)
-    process = subprocess.Popen([sys.executable, train.__file__, *flags(dataset, tmp_path / 'out', **settings)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, train.__file__, *flags(dataset, tmp_path / 'out', **settings)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert any(line.startswith('iter     20/150 | loss') for line in process.stdout)
     process.send_signal(signal.SIGTERM)
-    assert re.match('stopped by SIGTERM after iteration [0-9]+: go on with --init_from=resume', process.stdout.readlines()[-1])
+    assert re.match(
+        'stopped by SIGTERM after iteration [0-9]+: go on with --init_from=resume',
+        process.stdout.readlines()[-1],
+    )
     assert process.wait(timeout=60) == 128 + signal.SIGTERM
     run(dataset, tmp_path / 'out', init_from='resume', **settings)
     run(dataset, tmp_path / 'undisturbed', **settings)
@@ -392,7 +574,12 @@ def test_a_process_that_is_terminated_saves_and_a_resume_makes_up_for_it(tmp_pat
 
 def test_two_processes_are_one(tmp_path, dataset):
     settings = dict(eval_interval=1, batch_size=8, **ARMS['ledger'])
-    launched = subprocess.run(TORCHRUN + flags(dataset, tmp_path / 'two', micro_batch=2, **settings), capture_output=True, text=True, timeout=120)
+    launched = subprocess.run(
+        TORCHRUN + flags(dataset, tmp_path / 'two', micro_batch=2, **settings),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert launched.returncode == 0, launched.stderr
     assert '2 processes on cpu, 8 sequences of 16 tokens a step as 2 × 2 × 2' in launched.stdout
     one, two = log(run(dataset, tmp_path / 'one', **settings)), log(tmp_path / 'two')
@@ -401,6 +588,7 @@ def test_two_processes_are_one(tmp_path, dataset):
 
 
 # ---- What is missing
+
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
@@ -411,7 +599,13 @@ def elsewhere(tmp_path, monkeypatch):
     return tmp_path / 'data'
 
 
-@pytest.mark.parametrize('name, command', [('pysource', 'make it with python {}/pysource/prepare.py'), ('nowhere', 'make it with one of python {}/pysource/prepare.py')])
+@pytest.mark.parametrize(
+    'name, command',
+    [
+        ('pysource', 'make it with python {}/pysource/prepare.py'),
+        ('nowhere', 'make it with one of python {}/pysource/prepare.py'),
+    ],
+)
 def test_a_missing_dataset_names_the_command_that_makes_it(tmp_path, elsewhere, name, command):
     assert stop(flags(name, tmp_path / 'out')).endswith(command.format(elsewhere))
     assert not (tmp_path / 'out').exists()
@@ -419,7 +613,9 @@ def test_a_missing_dataset_names_the_command_that_makes_it(tmp_path, elsewhere, 
 
 def test_the_demos_dataset_is_made_once_if_it_is_missing(tmp_path, elsewhere, monkeypatch):
     asked = []
-    monkeypatch.setattr(prepare, 'main', lambda argv: asked.append(argv) or write_dataset(elsewhere / 'pysource_demo'))
+    monkeypatch.setattr(
+        prepare, 'main', lambda argv: asked.append(argv) or write_dataset(elsewhere / 'pysource_demo')
+    )
     for out in ('one', 'two'):
         run('pysource_demo', tmp_path / out)
     assert asked == [prepare.DEMO]

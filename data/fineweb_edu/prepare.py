@@ -9,6 +9,7 @@ A part holds the ids of one shard without its header, which is checked before th
 a part is all that must be known to go on with it, however the process before ended. The last shard and the validation shard are
 downloaded only as far as they are needed. A part goes as soon as it has been joined: disk for one more shard than the result is enough.
 """
+
 import argparse
 import fcntl
 import http.client
@@ -29,16 +30,22 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, when this file is run as a script
+sys.path[0] = str(
+    Path(__file__).resolve().parents[2]
+)  # run as a script, it finds the repository and not its own folder
 from data.loader import GPT2_META, SHARD_HEADER, UserError, shard_tokens
 from data.writer import Progress, announce, number
 
 DATASET = 'kjj0/finewebedu10B-gpt2'
 URL = f'https://huggingface.co/datasets/{DATASET}/resolve/main'
 SHARDS, SHARD_TOKENS = 99, 100_000_000  # training shards; ids in every shard
-VAL_TOKENS = 4_000_000                  # of the validation shard's, the first: as in the publication
-BLOCK = 1 << 18                         # bytes: a process that is killed has lost less than this of every download
-TRIES, BACKOFF, TIMEOUT = 8, 1.0, 60    # failures in a row without a byte won; seconds of the first wait; seconds of silence that are a failure
+VAL_TOKENS = 4_000_000  # of the validation shard's, the first: as in the publication
+BLOCK = 1 << 18  # bytes: a process that is killed has lost less than this of every download
+TRIES, BACKOFF, TIMEOUT = (
+    8,
+    1.0,
+    60,
+)  # failures in a row without a byte won; seconds of the first wait; seconds of silence that are a failure
 
 
 class TryAgain(Exception):
@@ -52,21 +59,27 @@ class Corrupt(Exception):
 def ask(url, first, last):
     """Asks for the bytes `first` to `last` of a shard. Returns the response, and whether it begins at `first` rather than with the file."""
     try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers={'Range': f'bytes={first}-{last}'}), timeout=TIMEOUT)
+        response = urllib.request.urlopen(
+            urllib.request.Request(url, headers={'Range': f'bytes={first}-{last}'}), timeout=TIMEOUT
+        )
     except urllib.error.HTTPError as error:
         if error.code == 416:
             raise Corrupt(f'it ends before byte {first:,}') from None
         if error.code in (408, 429) or error.code >= 500:
             asked = error.headers.get('Retry-After', '')
             raise TryAgain(f'{error.code} {error.reason}', int(asked) if asked.isdecimal() else 0) from None
-        raise UserError(f'{url} answered {error.code} {error.reason}, expected a shard: name a server that has it with --url') from None
+        raise UserError(
+            f'{url} answered {error.code} {error.reason}, expected a shard: name a server that has it with --url'
+        ) from None
     except (OSError, http.client.HTTPException) as error:
         raise TryAgain(str(error) or type(error).__name__, 0) from None
     partial, expected = response.status == 206, SHARD_HEADER + 2 * SHARD_TOKENS
     said = response.headers.get('Content-Range' if partial else 'Content-Length', 'nothing')
     if not re.fullmatch(rf'bytes {first}-\d+/{expected}' if partial else str(expected), said):
         response.close()
-        raise Corrupt(f"the server says '{said}' of its size, expected {expected} bytes" + f' from {first} on' * partial)
+        raise Corrupt(
+            f"the server says '{said}' of its size, expected {expected} bytes" + f' from {first} on' * partial
+        )
     return response, partial
 
 
@@ -84,7 +97,9 @@ def read(response, size):
 def size_of(path):
     try:
         return path.stat().st_size
-    except FileNotFoundError:  # a corrupt part may go at any moment: another thread is about to fetch it once more
+    except (
+        FileNotFoundError
+    ):  # a corrupt part may go at any moment: another thread is about to fetch it once more
         return 0
 
 
@@ -100,7 +115,9 @@ def download(url, part, size, stop):
             while len(header) < SHARD_HEADER:
                 header += read(response, SHARD_HEADER - len(header))
             if shard_tokens(header) != SHARD_TOKENS:
-                raise Corrupt(f'its header is {np.frombuffer(header, "<i4", 3).tolist()}, expected magic 20240520, version 1, {SHARD_TOKENS} tokens')
+                raise Corrupt(
+                    f'its header is {np.frombuffer(header, "<i4", 3).tolist()}, expected magic 20240520, version 1, {SHARD_TOKENS} tokens'
+                )
         while have < size:
             data = read(response, min(BLOCK, size - have))
             if stop.is_set():
@@ -123,24 +140,33 @@ def fetch(url, part, size, stop):
             part.unlink(missing_ok=True)
             corrupt += 1
             if corrupt == 2:
-                raise UserError(f'{url} is corrupt, twice in a row ({error}): name another server with --url') from None
+                raise UserError(
+                    f'{url} is corrupt, twice in a row ({error}): name another server with --url'
+                ) from None
         except TryAgain as error:
             (reason, asked), failures = error.args, 1 if size_of(part) > before else failures + 1
             if failures == TRIES:
-                raise UserError(f'{url} cannot be had ({reason}; {TRIES} attempts): run the same command again later, it goes on from here') from None
-            wait = max(asked, min(60, BACKOFF * 2 ** failures) * random.uniform(0.5, 1))  # random, or all workers would come back at once
+                raise UserError(
+                    f'{url} cannot be had ({reason}; {TRIES} attempts): run the same command again later, it goes on from here'
+                ) from None
+            wait = max(
+                asked, min(60, BACKOFF * 2**failures) * random.uniform(0.5, 1)
+            )  # random, or all workers would come back at once
             print(f'{part.name}: {reason}, again in {wait:.0f} s', file=sys.stderr)
             stop.wait(wait)
 
 
 def fetch_all(url, wanted, workers, stop):
     """wanted: {part: bytes of ids}. Downloads what is missing of the parts and says how it goes."""
+
     def have():
         return sum(min(size_of(part), size) for part, size in wanted.items())
 
     progress = Progress('downloading', sum(wanted.values()) / 1e6, 'MB', have() / 1e6)
     with ThreadPool(workers) as pool:
-        waiting = [pool.apply_async(fetch, (f'{url}/{part.name}', part, size, stop)) for part, size in wanted.items()]
+        waiting = [
+            pool.apply_async(fetch, (f'{url}/{part.name}', part, size, stop)) for part, size in wanted.items()
+        ]
         while waiting:
             waiting[0].wait(0.1)
             for result in [result for result in waiting if result.ready()]:
@@ -170,7 +196,9 @@ def alone_in(folder):
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise UserError(f'another process is downloading to {folder}: wait for it, or name another --out') from None
+        raise UserError(
+            f'another process is downloading to {folder}: wait for it, or name another --out'
+        ) from None
     finally:
         os.close(fd)
 
@@ -182,25 +210,37 @@ def is_made(out, meta):
         ours = all(found[key] == value for key, value in meta.items())
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-    return {split: size_of(out / f'{split}.bin') == 2 * meta[f'{split}_tokens'] for split in ('train', 'val')} if ours else {}
+    return (
+        {split: size_of(out / f'{split}.bin') == 2 * meta[f'{split}_tokens'] for split in ('train', 'val')}
+        if ours
+        else {}
+    )
 
 
 def prepare(args, stop):
     tokens, begin = number('--tokens', args.tokens), time.time()
     if not (1 <= tokens <= SHARDS * SHARD_TOKENS and tokens == int(tokens)):
-        raise UserError(f'--tokens is {args.tokens}: expected a whole number from 1 to {SHARDS * SHARD_TOKENS / 1e9:g}B')
+        raise UserError(
+            f'--tokens is {args.tokens}: expected a whole number from 1 to {SHARDS * SHARD_TOKENS / 1e9:g}B'
+        )
     if args.workers < 1:
         raise UserError(f'--workers is {args.workers}: expected at least 1')
     if not args.url.startswith(('http://', 'https://')):
         raise UserError(f'--url is {args.url}: expected an address that begins with http:// or https://')
-    meta = GPT2_META | {'source': f'FineWeb-Edu, {DATASET}', 'train_tokens': int(tokens), 'val_tokens': VAL_TOKENS}
+    meta = GPT2_META | {
+        'source': f'FineWeb-Edu, {DATASET}',
+        'train_tokens': int(tokens),
+        'val_tokens': VAL_TOKENS,
+    }
     made = is_made(args.out, meta)
     if made and all(made.values()):
         print(f'{args.out} holds {tokens:,.0f} training tokens of FineWeb-Edu already: nothing to download')
         return
     with alone_in(args.out / 'parts'):
         make(args, meta, [split for split in made if made[split]], stop)
-    print(f"{args.out}: {meta['train_tokens']:,} train and {VAL_TOKENS:,} val tokens, {time.time() - begin:.1f} s")
+    print(
+        f'{args.out}: {meta["train_tokens"]:,} train and {VAL_TOKENS:,} val tokens, {time.time() - begin:.1f} s'
+    )
 
 
 def make(args, meta, named, stop):
@@ -213,14 +253,23 @@ def make(args, meta, named, stop):
     if joined not in (0, total):  # it was cut while joining
         joined = min(joined, total) // shard * shard
         os.truncate(whole['train'], joined)
-    shards = {parts / f'finewebedu_train_{i + 1:06}.bin': min(shard, total - i * shard) for i in range(-(-joined // shard), -(-total // shard))}
+    shards = {
+        parts / f'finewebedu_train_{i + 1:06}.bin': min(shard, total - i * shard)
+        for i in range(-(-joined // shard), -(-total // shard))
+    }
     wanted = {whole['val']: 2 * VAL_TOKENS, **shards}
-    needed = sum(max(0, size - size_of(part)) for part, size in wanted.items()) + max(shards.values(), default=0)
+    needed = sum(max(0, size - size_of(part)) for part, size in wanted.items()) + max(
+        shards.values(), default=0
+    )
     if needed > (free := shutil.disk_usage(parts).free):
-        raise UserError(f'{args.out} has {free / 1e9:,.2f} GB free, but {needed / 1e9:,.2f} GB are needed: make room, lower --tokens, or name another --out')
+        raise UserError(
+            f'{args.out} has {free / 1e9:,.2f} GB free, but {needed / 1e9:,.2f} GB are needed: make room, lower --tokens, or name another --out'
+        )
     fetch_all(args.url, wanted, args.workers, stop)
     join(whole['train'], shards)
-    meta['sha256'] = {f'{split}.bin': sha256(np.memmap(path, mode='r')).hexdigest() for split, path in whole.items()}
+    meta['sha256'] = {
+        f'{split}.bin': sha256(np.memmap(path, mode='r')).hexdigest() for split, path in whole.items()
+    }
     announce(args.out, meta)
     for split, path in whole.items():
         os.replace(path, args.out / f'{split}.bin')
@@ -228,10 +277,24 @@ def make(args, meta, named, stop):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description='Downloads FineWeb-Edu in GPT-2 tokens into train.bin, val.bin and meta.json; run it again to go on.')
-    parser.add_argument('--tokens', default='500M', help='training tokens, as in 500M or 9.9B, which is all (default 500M); the published runs saw 344M and 131M')
-    parser.add_argument('--url', default=URL, help='the folder of the shards, for a mirror (default: the hub)')
-    parser.add_argument('--out', type=Path, default=Path(__file__).parent, metavar='FOLDER', help='where to write (default: beside this script)')
+    parser = argparse.ArgumentParser(
+        description='Downloads FineWeb-Edu in GPT-2 tokens into train.bin, val.bin and meta.json; run it again to go on.'
+    )
+    parser.add_argument(
+        '--tokens',
+        default='500M',
+        help='training tokens, as in 500M or 9.9B, which is all (default 500M); the published runs saw 344M and 131M',
+    )
+    parser.add_argument(
+        '--url', default=URL, help='the folder of the shards, for a mirror (default: the hub)'
+    )
+    parser.add_argument(
+        '--out',
+        type=Path,
+        default=Path(__file__).parent,
+        metavar='FOLDER',
+        help='where to write (default: beside this script)',
+    )
     parser.add_argument('--workers', type=int, default=8, metavar='N', help='downloads at a time (default 8)')
     args, stop = parser.parse_args(argv), threading.Event()
     try:
@@ -239,9 +302,14 @@ def main(argv=None):
     except UserError as error:
         sys.exit(f'error: {error}')
     except OSError as error:
-        sys.exit(f'error: cannot write to {args.out} ({error.strerror}): what is there is kept; mend it, then run the same command again')
+        sys.exit(
+            f'error: cannot write to {args.out} ({error.strerror}): what is there is kept; mend it, then run the same command again'
+        )
     except KeyboardInterrupt:
-        print(f'stopped: what is downloaded lies in {args.out / "parts"}; run the same command again to go on', file=sys.stderr)
+        print(
+            f'stopped: what is downloaded lies in {args.out / "parts"}; run the same command again to go on',
+            file=sys.stderr,
+        )
         sys.exit(130)
     finally:
         stop.set()

@@ -9,6 +9,7 @@ The bytes written depend on nothing but the contents and names of the files: not
 the file system lists them, or on the number of workers. The workers are threads, since reading, hashing and tiktoken all
 let go of the interpreter's lock: they scale as processes do, with nothing to pickle and nothing to start.
 """
+
 import argparse
 import os
 import platform
@@ -22,7 +23,9 @@ from itertools import accumulate
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, when this file is run as a script
+sys.path[0] = str(
+    Path(__file__).resolve().parents[2]
+)  # run as a script, it finds the repository and not its own folder
 from data.loader import UserError, dataset_folder, encoding
 from data.writer import Progress, number, tokenize, write_dataset
 
@@ -31,7 +34,17 @@ DEMO = ['--stdlib', '--tokenizer=bytes', '--limit=8M', f'--out={dataset_folder("
 
 # --stdlib leaves out what some distributions package apart or drop, and pydoc_data, generated prose. It also keeps to the
 # modules that Python itself lists: the others, build settings and site hooks, belong to the machine.
-OFTEN_MISSING = {'test', 'tests', 'idlelib', 'lib2to3', 'distutils', 'ensurepip', 'tkinter', 'turtledemo', 'pydoc_data'}
+OFTEN_MISSING = {
+    'test',
+    'tests',
+    'idlelib',
+    'lib2to3',
+    'distutils',
+    'ensurepip',
+    'tkinter',
+    'turtledemo',
+    'pydoc_data',
+}
 SITE_FOLDERS = {'site-packages', 'dist-packages'}
 
 
@@ -48,13 +61,21 @@ def sources(args):
         if not os.path.isdir(root):
             raise UserError(f'--root {root} is not a folder: expected one that holds Python files')
     if args.root:
-        return [path for root in args.root for path in python_files(root)], 'Python source of folders given by --root'
+        return [
+            path for root in args.root for path in python_files(root)
+        ], 'Python source of folders given by --root'
     library, version = sysconfig.get_path('stdlib'), f'Python {platform.python_version()} standard library'
     if args.stdlib:
         paths = python_files(library, OFTEN_MISSING | SITE_FOLDERS)
-        return [path for path in paths if os.path.relpath(path, library).split(os.sep)[0].removesuffix('.py') in sys.stdlib_module_names], version
+        return [
+            path
+            for path in paths
+            if os.path.relpath(path, library).split(os.sep)[0].removesuffix('.py') in sys.stdlib_module_names
+        ], version
     paths = list(python_files(library, SITE_FOLDERS))
-    return paths + [path for folder in site.getsitepackages() for path in python_files(folder)], f'{version} and site-packages'
+    return paths + [
+        path for folder in site.getsitepackages() for path in python_files(folder)
+    ], f'{version} and site-packages'
 
 
 def read_file(path):
@@ -113,7 +134,11 @@ def split_of(leader):
 def first_bytes(documents, limit):
     """Returns the sha256s of the documents in their order, which shuffles them, up to `limit` bytes of content."""
     order = sorted(documents)
-    return [digest for digest, total in zip(order, accumulate(len(documents[digest]) for digest in order)) if total <= limit]
+    return [
+        digest
+        for digest, total in zip(order, accumulate(len(documents[digest]) for digest in order))
+        if total <= limit
+    ]
 
 
 def shown(items, total, verb):
@@ -135,27 +160,61 @@ def prepare(args):
         splits = {digest: split_of(leaders[digest]) for digest in first_bytes(documents, limit)}
         missing = {'train', 'val'}.difference(splits.values())
         if missing:
-            raise UserError(f'{len(paths):,} Python files found, {len(splits):,} documents left of them, none for {min(missing)}: give more files or a higher --limit')
-        meta = {'tokenizer': args.tokenizer, 'vocab_size': bpe.n_vocab, 'eot': bpe.eot_token, 'source': source,
-                'files': len(splits), 'bytes': sum(len(documents[digest]) for digest in splits)}
+            raise UserError(
+                f'{len(paths):,} Python files found, {len(splits):,} documents left of them, none for {min(missing)}: give more files or a higher --limit'
+            )
+        meta = {
+            'tokenizer': args.tokenizer,
+            'vocab_size': bpe.n_vocab,
+            'eot': bpe.eot_token,
+            'source': source,
+            'files': len(splits),
+            'bytes': sum(len(documents[digest]) for digest in splits),
+        }
         with write_dataset(args.out, meta) as append:
             encoded = pool.imap(lambda digest: tokenize(documents[digest], bpe), splits)
             for tokens, split in zip(shown(encoded, len(splits), 'tokenizing'), splits.values()):
                 append(split, tokens)
     left_out['over the limit'] = len(documents) - len(splits)
-    print(f"{args.out}: {meta['files']:,} files, {meta['bytes']:,} bytes, {meta['train_tokens']:,} train and {meta['val_tokens']:,} val tokens, {time.time() - begin:.1f} s")
-    print('left out: ' + (', '.join(f'{count:,} {reason}' for reason, count in sorted(left_out.items()) if count) or 'nothing'))
+    print(
+        f'{args.out}: {meta["files"]:,} files, {meta["bytes"]:,} bytes, {meta["train_tokens"]:,} train and {meta["val_tokens"]:,} val tokens, {time.time() - begin:.1f} s'
+    )
+    print(
+        'left out: '
+        + (
+            ', '.join(f'{count:,} {reason}' for reason, count in sorted(left_out.items()) if count)
+            or 'nothing'
+        )
+    )
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description='Makes train.bin, val.bin and meta.json from the Python source beside this interpreter.')
+    parser = argparse.ArgumentParser(
+        description='Makes train.bin, val.bin and meta.json from the Python source beside this interpreter.'
+    )
     parser.add_argument('--tokenizer', default='gpt2', help='gpt2 or bytes')
     which = parser.add_mutually_exclusive_group()
-    which.add_argument('--root', nargs='+', action='extend', metavar='FOLDER', help='take these folders instead')
-    which.add_argument('--stdlib', action='store_true', help='take the standard library only, without tests and what is often missing')
-    parser.add_argument('--limit', default='inf', metavar='BYTES', help='stop at this many bytes of source, as in 8M')
-    parser.add_argument('--out', type=Path, default=Path(__file__).parent, metavar='FOLDER', help='where to write (default: beside this script)')
-    parser.add_argument('--workers', type=int, default=os.cpu_count(), metavar='N', help='threads (default: one per core)')
+    which.add_argument(
+        '--root', nargs='+', action='extend', metavar='FOLDER', help='take these folders instead'
+    )
+    which.add_argument(
+        '--stdlib',
+        action='store_true',
+        help='take the standard library only, without tests and what is often missing',
+    )
+    parser.add_argument(
+        '--limit', default='inf', metavar='BYTES', help='stop at this many bytes of source, as in 8M'
+    )
+    parser.add_argument(
+        '--out',
+        type=Path,
+        default=Path(__file__).parent,
+        metavar='FOLDER',
+        help='where to write (default: beside this script)',
+    )
+    parser.add_argument(
+        '--workers', type=int, default=os.cpu_count(), metavar='N', help='threads (default: one per core)'
+    )
     try:
         prepare(parser.parse_args(argv))
     except UserError as error:

@@ -10,6 +10,7 @@ their way at a time, so memory does not depend on the size of the input; nor do 
 A text longer than a piece takes its sides piece by piece, and ends where it changes sides: a single book is then enough to train
 and to validate on. The workers are threads, since hashing and tiktoken let go of the interpreter's lock.
 """
+
 import argparse
 import gzip
 import json
@@ -24,12 +25,14 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, when this file is run as a script
+sys.path[0] = str(
+    Path(__file__).resolve().parents[2]
+)  # run as a script, it finds the repository and not its own folder
 from data.loader import UserError, encoding
 from data.writer import Progress, tokenize, write_dataset
 
 SUFFIXES = ('.txt', '.md', '.py', '.jsonl')
-PIECE = 1 << 18    # bytes, and up to as much again to the end of a line
+PIECE = 1 << 18  # bytes, and up to as much again to the end of a line
 VAL = 2**256 // 16  # sha256s below it, one in sixteen, are validation
 
 
@@ -38,15 +41,24 @@ def text_files(paths):
     found = []
     for path in paths:
         if os.path.isdir(path):
-            found += [os.path.join(where, name) for where, _, names in os.walk(path) for name in names if name.removesuffix('.gz').endswith(SUFFIXES)]
+            found += [
+                os.path.join(where, name)
+                for where, _, names in os.walk(path)
+                for name in names
+                if name.removesuffix('.gz').endswith(SUFFIXES)
+            ]
         elif not os.path.exists(path):
             raise UserError(f'there is no {path}: expected a file or a folder')
         elif not path.removesuffix('.gz').endswith(SUFFIXES):
-            raise UserError(f"{path} is of no kind that is known here: expected {', '.join(SUFFIXES)}, or one of these with .gz")
+            raise UserError(
+                f'{path} is of no kind that is known here: expected {", ".join(SUFFIXES)}, or one of these with .gz'
+            )
         else:
             found.append(path)
     if not found:
-        raise UserError(f"{', '.join(paths)} hold no {', '.join(SUFFIXES)}, with or without .gz: expected one such file at least")
+        raise UserError(
+            f'{", ".join(paths)} hold no {", ".join(SUFFIXES)}, with or without .gz: expected one such file at least'
+        )
     return sorted(set(found))
 
 
@@ -70,13 +82,19 @@ class Source:
         for path in self.paths:
             is_jsonl, before = path.removesuffix('.gz').endswith('.jsonl'), self.done
             try:
-                if not os.path.isfile(path):  # a broken link, or a named pipe, on which open would wait forever
+                if not os.path.isfile(
+                    path
+                ):  # a broken link, or a named pipe, on which open would wait forever
                     raise OSError
                 with open(path, 'rb') as raw, gzip.open(raw) if path.endswith('.gz') else raw as file:
                     for piece in iter(lambda: file.readlines(PIECE), []) if is_jsonl else text_pieces(file):
                         self.done = before + raw.tell()
                         yield path, piece
-            except (OSError, EOFError, zlib.error):  # a .gz may break off in the middle: what was read of it stays
+            except (
+                OSError,
+                EOFError,
+                zlib.error,
+            ):  # a .gz may break off in the middle: what was read of it stays
                 self.unreadable += 1
 
 
@@ -96,10 +114,22 @@ def convert(path, piece, field, bpe):
     """Returns what there is in a piece, (document, sha256 as a number, ids, bytes of text) each, or the reason to leave it out instead.
     Equal documents are parts of one."""
     found = []
-    for document, content in [(object(), content_of(line, field)) for line in piece if line.strip()] if isinstance(piece, list) else [(path, piece)]:
+    for document, content in (
+        [(object(), content_of(line, field)) for line in piece if line.strip()]
+        if isinstance(piece, list)
+        else [(path, piece)]
+    ):
         try:
-            found.append(content if isinstance(content, str) else
-                         (document, int.from_bytes(sha256(content).digest(), 'big'), tokenize(content, bpe, end_of_text=False), len(content)))
+            found.append(
+                content
+                if isinstance(content, str)
+                else (
+                    document,
+                    int.from_bytes(sha256(content).digest(), 'big'),
+                    tokenize(content, bpe, end_of_text=False),
+                    len(content),
+                )
+            )
         except UnicodeDecodeError:
             found.append('texts that are not UTF-8')
     return found
@@ -122,14 +152,28 @@ class OneSided(UserError):
     """All text is training, or all is validation. `smallest`: its smallest sha256 as a number."""
 
     def __init__(self, smallest):
-        super().__init__(f'all text is one document shorter than {PIECE // 1000} kB, or copies of one: expected at least two, one of them to validate on')
+        super().__init__(
+            f'all text is one document shorter than {PIECE // 1000} kB, or copies of one: expected at least two, one of them to validate on'
+        )
         self.smallest = smallest
 
 
 def write(args, bpe, paths, bound):
     """Writes the dataset; what has a sha256 below the bound is validation. Returns its meta and a Counter of what was left out."""
-    meta = {'tokenizer': args.tokenizer, 'vocab_size': bpe.n_vocab, 'eot': bpe.eot_token, 'source': 'text given to data/text/prepare.py', 'documents': 0, 'bytes': 0}
-    source, left_out, digests, open_on = Source(paths), Counter(), {'train': 2**256, 'val': 2**256}, None  # (document, side) that has not ended
+    meta = {
+        'tokenizer': args.tokenizer,
+        'vocab_size': bpe.n_vocab,
+        'eot': bpe.eot_token,
+        'source': 'text given to data/text/prepare.py',
+        'documents': 0,
+        'bytes': 0,
+    }
+    source, left_out, digests, open_on = (
+        Source(paths),
+        Counter(),
+        {'train': 2**256, 'val': 2**256},
+        None,
+    )  # (document, side) that has not ended
 
     def end(document_and_side):
         append(document_and_side[1], np.array([bpe.eot_token], dtype='<u2'))
@@ -158,7 +202,9 @@ def write(args, bpe, paths, bound):
 
 
 def left_out_of(counts):
-    return 'left out: ' + (', '.join(f'{count:,} {reason}' for reason, count in sorted(counts.items()) if count) or 'nothing')
+    return 'left out: ' + (
+        ', '.join(f'{count:,} {reason}' for reason, count in sorted(counts.items()) if count) or 'nothing'
+    )
 
 
 def prepare(args):
@@ -169,18 +215,30 @@ def prepare(args):
         meta, left_out = write(args, bpe, paths, VAL)
     except OneSided as few:  # by chance: then the smallest sha256 alone is validation
         meta, left_out = write(args, bpe, paths, few.smallest + 1)
-    print(f"{args.out}: {len(paths):,} files, {meta['documents']:,} documents, {meta['bytes']:,} bytes, "
-          f"{meta['train_tokens']:,} train and {meta['val_tokens']:,} val tokens, {time.time() - begin:.1f} s")
+    print(
+        f'{args.out}: {len(paths):,} files, {meta["documents"]:,} documents, {meta["bytes"]:,} bytes, '
+        f'{meta["train_tokens"]:,} train and {meta["val_tokens"]:,} val tokens, {time.time() - begin:.1f} s'
+    )
     print(left_out_of(left_out))
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description='Makes train.bin, val.bin and meta.json from text.')
-    parser.add_argument('paths', nargs='+', metavar='PATH', help=f"files or folders: {', '.join(SUFFIXES)}, also with .gz")
+    parser.add_argument(
+        'paths', nargs='+', metavar='PATH', help=f'files or folders: {", ".join(SUFFIXES)}, also with .gz'
+    )
     parser.add_argument('--tokenizer', default='gpt2', help='gpt2 or bytes')
     parser.add_argument('--field', default='text', help="of a .jsonl's lines (default text)")
-    parser.add_argument('--out', type=Path, default=Path(__file__).parent, metavar='FOLDER', help='where to write (default: beside this script)')
-    parser.add_argument('--workers', type=int, default=os.cpu_count(), metavar='N', help='threads (default: one per core)')
+    parser.add_argument(
+        '--out',
+        type=Path,
+        default=Path(__file__).parent,
+        metavar='FOLDER',
+        help='where to write (default: beside this script)',
+    )
+    parser.add_argument(
+        '--workers', type=int, default=os.cpu_count(), metavar='N', help='threads (default: one per core)'
+    )
     try:
         prepare(parser.parse_intermixed_args(argv))
     except UserError as error:

@@ -19,6 +19,7 @@ the kernels then mask no ranks, and every product is of a size that tensor cores
 D, C, y, u, g: (N, d); a: (N, 3r), rows may lie apart; U: (3, d, r), in the order e, w, k; be, bw: (d,); c, f, h, last = 2 f h: (N,);
 p, projected = U_kᵀD, Ga = G a_k: (N, r), projected's rows may lie apart; VP: (r, d), UP: (d, r). A name that begins with g is a gradient.
 """
+
 from dataclasses import replace
 
 import torch
@@ -35,7 +36,7 @@ PTX = tl.constexpr(bool(torch.version.cuda) and not triton.knobs.runtime.interpr
 # one another. The interpreter's loops want a Python number.
 COUNT = tl.constexpr if triton.knobs.runtime.interpret else int
 # What one program does: a tile of ROWS × COLUMNS, all tiles across the columns, or its share of those down the rows where there are PROGRAMS
-# programs: as many as an H100 or H200 runs at once. results/h200/tiles.py times them.
+# programs: as many as an H100 or H200 runs at once. speed/tiles.py times them.
 DELIBERATE = dict(ROWS=32, COLUMNS=128, PROGRAMS=264, STAGES=3, num_warps=4)
 GRADIENT_A = dict(ROWS=64, COLUMNS=32, STAGES=3, num_warps=4)
 GRADIENT_U = dict(ROWS=32, COLUMNS=64, PROGRAMS=264, STAGES=3, num_warps=4)
@@ -48,8 +49,14 @@ DIRECTION = dict(ROWS=64, num_warps=4)
 def sigmoid(x, bias):
     """σ(x + bias)."""
     if PTX:  # four instructions, of which the first is this sum; tl.sigmoid's care for infinities and denormal numbers makes twelve
-        return tl.inline_asm_elementwise('ex2.approx.ftz.f32 $0, $1; add.ftz.f32 $0, $0, 0f3F800000; rcp.approx.ftz.f32 $0, $0;', '=f,f',
-                                         [x * -1.4426950408889634 + bias * -1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(
+            'ex2.approx.ftz.f32 $0, $1; add.ftz.f32 $0, $0, 0f3F800000; rcp.approx.ftz.f32 $0, $0;',
+            '=f,f',
+            [x * -1.4426950408889634 + bias * -1.4426950408889634],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
     else:
         return tl.sigmoid(x + bias)
 
@@ -82,20 +89,40 @@ def direction_kernel(a, projected, G, Ga, length, f, N, apart, apart_p, r: tl.co
     there = (row < N - first)[:, None]
     ak = load_a(a + first * apart, 2, row, N - first, apart, r)
     more, x = tl.load(G + rank[:, None] * r + rank[None, :]), tl.zeros((ROWS, r), tl.float32)
-    for _ in tl.static_range(3):  # G in three parts has all its bits: a quadratic form in less loses what is small
+    for _ in tl.static_range(
+        3
+    ):  # G in three parts has all its bits: a quadratic form in less loses what is small
         part = more.to(ak.dtype)
         x, more = tl.dot(ak, part, x), more - part.to(tl.float32)
     ak = ak.to(tl.float32)
     tl.store(Ga + first * r + row[:, None] * r + rank[None, :], x, there)
     norm = tl.sqrt(tl.maximum(tl.sum(ak * x, 1), 1e-24))
     tl.store(length + first + row, norm, row < N - first)
-    x = tl.load(projected + first * apart_p + row[:, None] * apart_p + rank[None, :], there, 0.0).to(tl.float32)
+    x = tl.load(projected + first * apart_p + row[:, None] * apart_p + rank[None, :], there, 0.0).to(
+        tl.float32
+    )
     tl.store(f + first + row, tl.sum(ak * x, 1) / (norm * norm), row < N - first)
 
 
 @triton.jit(do_not_specialize=['LOOP'])
-def deliberate_kernel(D, y, a, f, U, be, bw, D2, N, apart, d: tl.constexpr, r: tl.constexpr,
-                      ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOOP, STAGES: tl.constexpr):
+def deliberate_kernel(
+    D,
+    y,
+    a,
+    f,
+    U,
+    be,
+    bw,
+    D2,
+    N,
+    apart,
+    d: tl.constexpr,
+    r: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LOOP,
+    STAGES: tl.constexpr,
+):
     """D2 = D − e ⊙ v · f + w ⊙ y."""
     col, row = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, ROWS)
     real = inside(col, d, COLUMNS)
@@ -107,22 +134,56 @@ def deliberate_kernel(D, y, a, f, U, be, bw, D2, N, apart, d: tl.constexpr, r: t
         first = (tl.program_id(1) * LOOP + i).to(tl.int64) * ROWS
         left = N - first
         there, a_row = (row < left)[:, None] & real[None, :], a + first * apart
-        x = sigmoid(tl.dot(load_a(a_row, 0, row, left, apart, r), Ue), b_e) * tl.load(f + first + row, row < left, 0.0)[:, None]
-        x = tl.load(D + first * d + at, there, 0.0).to(tl.float32) - x * tl.dot(load_a(a_row, 2, row, left, apart, r), Uk)
+        x = (
+            sigmoid(tl.dot(load_a(a_row, 0, row, left, apart, r), Ue), b_e)
+            * tl.load(f + first + row, row < left, 0.0)[:, None]
+        )
+        x = tl.load(D + first * d + at, there, 0.0).to(tl.float32) - x * tl.dot(
+            load_a(a_row, 2, row, left, apart, r), Uk
+        )
         w = sigmoid(tl.dot(load_a(a_row, 1, row, left, apart, r), Uw), b_w)
         tl.store(D2 + first * d + at, x + w * tl.load(y + first * d + at, there, 0.0).to(tl.float32), there)
 
 
 @triton.jit
-def gradient_a_kernel(g, y, a, f, U, be, bw, projected, Ga, length, ga, gprojected, last, N, apart, apart_p, d: tl.constexpr, r: tl.constexpr,
-                      ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr):
+def gradient_a_kernel(
+    g,
+    y,
+    a,
+    f,
+    U,
+    be,
+    bw,
+    projected,
+    Ga,
+    length,
+    ga,
+    gprojected,
+    last,
+    N,
+    apart,
+    apart_p,
+    d: tl.constexpr,
+    r: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """The gradients of a and of projected, and 2 f h: whole rows."""
     first = tl.program_id(1).to(tl.int64) * ROWS
     row, rank, left = tl.arange(0, ROWS), tl.arange(0, r), N - first
     a += first * apart
-    ae, aw, ak = load_a(a, 0, row, left, apart, r), load_a(a, 1, row, left, apart, r), load_a(a, 2, row, left, apart, r)
+    ae, aw, ak = (
+        load_a(a, 0, row, left, apart, r),
+        load_a(a, 1, row, left, apart, r),
+        load_a(a, 2, row, left, apart, r),
+    )
     f_row = tl.load(f + first + row, row < left, 0.0)
-    ge, gw, gk = tl.zeros((ROWS, r), tl.float32), tl.zeros((ROWS, r), tl.float32), tl.zeros((ROWS, r), tl.float32)
+    ge, gw, gk = (
+        tl.zeros((ROWS, r), tl.float32),
+        tl.zeros((ROWS, r), tl.float32),
+        tl.zeros((ROWS, r), tl.float32),
+    )
     for j in tl.range(0, d, COLUMNS, num_stages=STAGES):
         col = j + tl.arange(0, COLUMNS)
         real = inside(col, d, COLUMNS)
@@ -142,13 +203,19 @@ def gradient_a_kernel(g, y, a, f, U, be, bw, projected, Ga, length, ga, gproject
     there, norm = (row < left)[:, None], tl.load(length + first + row, row < left, 1.0)
     h_row = tl.sum(ak.to(tl.float32) * gk, 1) / (norm * norm)
     last_row = tl.where(norm > 1e-12, 2 * f_row * h_row, 0.0)
-    gk = f_row[:, None] * gk + h_row[:, None] * tl.load(projected + first * apart_p + row[:, None] * apart_p + rank[None, :], there, 0.0).to(tl.float32)
-    gk -= last_row[:, None] * tl.load(Ga + first * r + row[:, None] * r + rank[None, :], there, 0.0).to(tl.float32)
+    gk = f_row[:, None] * gk + h_row[:, None] * tl.load(
+        projected + first * apart_p + row[:, None] * apart_p + rank[None, :], there, 0.0
+    ).to(tl.float32)
+    gk -= last_row[:, None] * tl.load(Ga + first * r + row[:, None] * r + rank[None, :], there, 0.0).to(
+        tl.float32
+    )
     at = first * (3 * r) + row[:, None] * (3 * r) + rank[None, :]
     tl.store(ga + at, f_row[:, None] * ge, there)
     tl.store(ga + at + r, gw, there)
     tl.store(ga + at + 2 * r, gk, there)
-    tl.store(gprojected + first * r + row[:, None] * r + rank[None, :], h_row[:, None] * ak.to(tl.float32), there)
+    tl.store(
+        gprojected + first * r + row[:, None] * r + rank[None, :], h_row[:, None] * ak.to(tl.float32), there
+    )
     tl.store(last + first + row, last_row, row < left)
 
 
@@ -162,16 +229,43 @@ def turned(x, one):
 
 
 @triton.jit(do_not_specialize=['LOOP'])
-def gradient_U_kernel(g, y, a, f, last, U, be, bw, gy, gU, gb, N, apart, d: tl.constexpr, r: tl.constexpr,
-                      ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOOP, STAGES: tl.constexpr):
+def gradient_U_kernel(
+    g,
+    y,
+    a,
+    f,
+    last,
+    U,
+    be,
+    bw,
+    gy,
+    gU,
+    gb,
+    N,
+    apart,
+    d: tl.constexpr,
+    r: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LOOP,
+    STAGES: tl.constexpr,
+):
     """The gradient of y, and this program's share of those of U and of the biases: its rows. Tiles lie turned, (COLUMNS, ROWS): so they
     enter the products that sum over tokens from the registers that they are in."""
     col, row, rank = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, ROWS), tl.arange(0, r)
     real = inside(col, d, COLUMNS)
-    Ue, Uw, Uk = tl.trans(load_U(U, 0, col, real, d, r)), tl.trans(load_U(U, 1, col, real, d, r)), tl.trans(load_U(U, 2, col, real, d, r))
+    Ue, Uw, Uk = (
+        tl.trans(load_U(U, 0, col, real, d, r)),
+        tl.trans(load_U(U, 1, col, real, d, r)),
+        tl.trans(load_U(U, 2, col, real, d, r)),
+    )
     b_e, b_w = tl.load(be + col, real, 0.0)[:, None], tl.load(bw + col, real, 0.0)[:, None]
     sum_e, sum_w = tl.zeros((COLUMNS,), tl.float32), tl.zeros((COLUMNS,), tl.float32)
-    ge, gw, gk = tl.zeros((COLUMNS, r), tl.float32), tl.zeros((COLUMNS, r), tl.float32), tl.zeros((COLUMNS, r), tl.float32)
+    ge, gw, gk = (
+        tl.zeros((COLUMNS, r), tl.float32),
+        tl.zeros((COLUMNS, r), tl.float32),
+        tl.zeros((COLUMNS, r), tl.float32),
+    )
     at = row[:, None] * d + col[None, :]
     one = (tl.arange(0, COLUMNS)[:, None] == tl.arange(0, COLUMNS)[None, :]).to(U.dtype.element_ty)
     tl.assume(LOOP > 0)
@@ -188,7 +282,10 @@ def gradient_U_kernel(g, y, a, f, last, U, be, bw, gy, gU, gb, N, apart, d: tl.c
         z -= z * w
         sum_w += tl.sum(z, 1)
         gw += tl.dot(z.to(a_gate.dtype), a_gate)
-        f_row, last_row = tl.load(f + first + row, row < left, 0.0), tl.load(last + first + row, row < left, 0.0)
+        f_row, last_row = (
+            tl.load(f + first + row, row < left, 0.0),
+            tl.load(last + first + row, row < left, 0.0),
+        )
         ak = load_a(a_row, 2, row, left, apart, r)
         v = tl.dot(Uk, tl.trans(ak))
         a_gate = load_a(a_row, 0, row, left, apart, r)
@@ -208,17 +305,49 @@ def gradient_U_kernel(g, y, a, f, last, U, be, bw, gy, gU, gb, N, apart, d: tl.c
 
 
 @triton.jit(do_not_specialize=['LOOP'])
-def gradient_read_kernel(gu, gs, gD, gC, D, C, c, scale, gain, wc, gD2, gC2, gc, sums, N, eps, d: tl.constexpr, WIDTH: tl.constexpr,
-                         ROWS: tl.constexpr, LOOP, STAGES: tl.constexpr):
+def gradient_read_kernel(
+    gu,
+    gs,
+    gD,
+    gC,
+    D,
+    C,
+    c,
+    scale,
+    gain,
+    wc,
+    gD2,
+    gC2,
+    gc,
+    sums,
+    N,
+    eps,
+    d: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    LOOP,
+    STAGES: tl.constexpr,
+):
     """The gradients of D and C as they leave the deliberation and the commit before, the part of that of c that comes by D, and this program's
     share of those of scale, gain and wc: its rows."""
     col, row = tl.arange(0, WIDTH), tl.arange(0, ROWS)
-    scale, gain, wc = (tl.load(scale + col, col < d, 0.0)[None, :], tl.load(gain + col, col < d, 0.0)[None, :], tl.load(wc + col, col < d, 0.0)[None, :])
-    sum_scale, sum_gain, sum_wc = tl.zeros((ROWS, WIDTH), tl.float32), tl.zeros((ROWS, WIDTH), tl.float32), tl.zeros((ROWS, WIDTH), tl.float32)
+    scale, gain, wc = (
+        tl.load(scale + col, col < d, 0.0)[None, :],
+        tl.load(gain + col, col < d, 0.0)[None, :],
+        tl.load(wc + col, col < d, 0.0)[None, :],
+    )
+    sum_scale, sum_gain, sum_wc = (
+        tl.zeros((ROWS, WIDTH), tl.float32),
+        tl.zeros((ROWS, WIDTH), tl.float32),
+        tl.zeros((ROWS, WIDTH), tl.float32),
+    )
     tl.assume(LOOP > 0)
     for i in tl.range(LOOP, num_stages=STAGES):
         first = (tl.program_id(1) * LOOP + i).to(tl.int64) * ROWS
-        at, there = first * d + row[:, None] * d + col[None, :], (row < N - first)[:, None] & (col < d)[None, :]
+        at, there = (
+            first * d + row[:, None] * d + col[None, :],
+            (row < N - first)[:, None] & (col < d)[None, :],
+        )
         x, y = tl.load(D + at, there, 0.0).to(tl.float32), tl.load(C + at, there, 0.0).to(tl.float32)
         n = x + scale * y
         inverse = tl.rsqrt(tl.sum(n * n, 1) / d + eps)[:, None]
@@ -242,7 +371,9 @@ def gradient_read_kernel(gu, gs, gD, gC, D, C, c, scale, gain, wc, gD2, gC2, gc,
 
 
 @triton.jit
-def add_product_kernel(g, x, W, g2, N, d: tl.constexpr, r: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def add_product_kernel(
+    g, x, W, g2, N, d: tl.constexpr, r: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """g2 = g + x W; x: (N, r), W: (r, d)."""
     col, row, rank = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, ROWS), tl.arange(0, r)
     first, real = tl.program_id(1).to(tl.int64) * ROWS, inside(col, d, COLUMNS)
@@ -267,14 +398,30 @@ def launch(kernel, tile, N, d, *arguments):
 
 # To the compiler each launch is one opaque operation: what it returns, what it does, and what it returns once more for tracing.
 
+
 def empty_direction(a, G):
     return a.new_empty(len(a), len(G)), G.new_empty(len(a)), G.new_empty(len(a))
 
 
 @torch.library.custom_op('ledger::direction', mutates_args=())
-def direction(a: torch.Tensor, projected: torch.Tensor, G: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def direction(
+    a: torch.Tensor, projected: torch.Tensor, G: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     outputs = empty_direction(a, G)
-    launch(direction_kernel, DIRECTION, len(a), 0, a, projected, G, *outputs, len(a), a.stride(0), projected.stride(0), len(G))
+    launch(
+        direction_kernel,
+        DIRECTION,
+        len(a),
+        0,
+        a,
+        projected,
+        G,
+        *outputs,
+        len(a),
+        a.stride(0),
+        projected.stride(0),
+        len(G),
+    )
     return outputs
 
 
@@ -284,9 +431,19 @@ def _(a, projected, G):
 
 
 @torch.library.custom_op('ledger::deliberate', mutates_args=())
-def deliberate(D: torch.Tensor, y: torch.Tensor, a: torch.Tensor, f: torch.Tensor, U: torch.Tensor, be: torch.Tensor, bw: torch.Tensor) -> torch.Tensor:
+def deliberate(
+    D: torch.Tensor,
+    y: torch.Tensor,
+    a: torch.Tensor,
+    f: torch.Tensor,
+    U: torch.Tensor,
+    be: torch.Tensor,
+    bw: torch.Tensor,
+) -> torch.Tensor:
     D2 = torch.empty_like(D)
-    launch(deliberate_kernel, DELIBERATE, *y.shape, D, y, a, f, U, be, bw, D2, len(y), a.stride(0), *U.shape[1:])
+    launch(
+        deliberate_kernel, DELIBERATE, *y.shape, D, y, a, f, U, be, bw, D2, len(y), a.stride(0), *U.shape[1:]
+    )
     return D2
 
 
@@ -300,10 +457,40 @@ def empty_gradients_a(a, f):
 
 
 @torch.library.custom_op('ledger::gradient_a', mutates_args=())
-def gradient_a(g: torch.Tensor, y: torch.Tensor, a: torch.Tensor, f: torch.Tensor, U: torch.Tensor, be: torch.Tensor, bw: torch.Tensor,
-               projected: torch.Tensor, Ga: torch.Tensor, length: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def gradient_a(
+    g: torch.Tensor,
+    y: torch.Tensor,
+    a: torch.Tensor,
+    f: torch.Tensor,
+    U: torch.Tensor,
+    be: torch.Tensor,
+    bw: torch.Tensor,
+    projected: torch.Tensor,
+    Ga: torch.Tensor,
+    length: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     outputs = empty_gradients_a(a, f)
-    launch(gradient_a_kernel, GRADIENT_A, len(y), 0, g, y, a, f, U, be, bw, projected, Ga, length, *outputs, len(y), a.stride(0), projected.stride(0), *U.shape[1:])
+    launch(
+        gradient_a_kernel,
+        GRADIENT_A,
+        len(y),
+        0,
+        g,
+        y,
+        a,
+        f,
+        U,
+        be,
+        bw,
+        projected,
+        Ga,
+        length,
+        *outputs,
+        len(y),
+        a.stride(0),
+        projected.stride(0),
+        *U.shape[1:],
+    )
     return outputs
 
 
@@ -318,10 +505,34 @@ def empty_gradients_U(y, U, be):
 
 
 @torch.library.custom_op('ledger::gradient_U', mutates_args=())
-def gradient_U(g: torch.Tensor, y: torch.Tensor, a: torch.Tensor, f: torch.Tensor, last: torch.Tensor, U: torch.Tensor, be: torch.Tensor,
-               bw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def gradient_U(
+    g: torch.Tensor,
+    y: torch.Tensor,
+    a: torch.Tensor,
+    f: torch.Tensor,
+    last: torch.Tensor,
+    U: torch.Tensor,
+    be: torch.Tensor,
+    bw: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     outputs = empty_gradients_U(y, U, be)
-    launch(gradient_U_kernel, GRADIENT_U, *y.shape, g, y, a, f, last, U, be, bw, *outputs, len(y), a.stride(0), *U.shape[1:])
+    launch(
+        gradient_U_kernel,
+        GRADIENT_U,
+        *y.shape,
+        g,
+        y,
+        a,
+        f,
+        last,
+        U,
+        be,
+        bw,
+        *outputs,
+        len(y),
+        a.stride(0),
+        *U.shape[1:],
+    )
     return outputs
 
 
@@ -331,15 +542,51 @@ def _(g, y, a, f, last, U, be, bw):
 
 
 def empty_gradients_read(D, C, c, gain):
-    return torch.empty_like(D), torch.empty_like(C), torch.empty_like(c), gain.new_empty(grid(GRADIENT_READ, D.numel() // len(gain))[1], 3, len(gain))
+    return (
+        torch.empty_like(D),
+        torch.empty_like(C),
+        torch.empty_like(c),
+        gain.new_empty(grid(GRADIENT_READ, D.numel() // len(gain))[1], 3, len(gain)),
+    )
 
 
 @torch.library.custom_op('ledger::gradient_read', mutates_args=())
-def gradient_read(gu: torch.Tensor, gs: torch.Tensor, gD: torch.Tensor, gC: torch.Tensor, D: torch.Tensor, C: torch.Tensor, c: torch.Tensor, scale: torch.Tensor,
-                  gain: torch.Tensor, wc: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def gradient_read(
+    gu: torch.Tensor,
+    gs: torch.Tensor,
+    gD: torch.Tensor,
+    gC: torch.Tensor,
+    D: torch.Tensor,
+    C: torch.Tensor,
+    c: torch.Tensor,
+    scale: torch.Tensor,
+    gain: torch.Tensor,
+    wc: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     outputs, d = empty_gradients_read(D, C, c, gain), len(gain)
     N, width = D.numel() // d, triton.next_power_of_2(d)
-    launch(gradient_read_kernel, dict(GRADIENT_READ, num_warps=min(16, max(1, width // 256))), N, 0, gu, gs, gD, gC, D, C, c, scale, gain, wc, *outputs, N, eps, d, width)
+    launch(
+        gradient_read_kernel,
+        dict(GRADIENT_READ, num_warps=min(16, max(1, width // 256))),
+        N,
+        0,
+        gu,
+        gs,
+        gD,
+        gC,
+        D,
+        C,
+        c,
+        scale,
+        gain,
+        wc,
+        *outputs,
+        N,
+        eps,
+        d,
+        width,
+    )
     return outputs
 
 
@@ -390,13 +637,20 @@ class Read(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gu, gs, gD, gC, gprojected):
         D, C, c, p, VP, UP, Uk, scale, gain, wc = ctx.saved_tensors
-        gD, gC, gc, sums = gradient_read(*(g.contiguous() for g in (gu, gs, gD, gC)), D, C, c, scale, gain, wc, ctx.eps)
+        gD, gC, gc, sums = gradient_read(
+            *(g.contiguous() for g in (gu, gs, gD, gC)), D, C, c, scale, gain, wc, ctx.eps
+        )
         with torch.autocast(D.device.type, enabled=False):
             z = half(gC) @ UP
-            both = torch.cat([(c * z).to(HALF), gprojected], -1).flatten(0, 1)  # the gradients of p and of projected
+            both = torch.cat([(c * z).to(HALF), gprojected], -1).flatten(
+                0, 1
+            )  # the gradients of p and of projected
             gVP, gUk = (both.T @ half(D).flatten(0, 1)).chunk(2)
             gUP = half(gC).flatten(0, 1).T @ (c * p).to(HALF).flatten(0, 1)
-        gD, gc = add_product(gD, both, torch.cat([VP, Uk.T])), gc + (z * p).sum(-1, keepdim=True, dtype=torch.float32)
+        gD, gc = (
+            add_product(gD, both, torch.cat([VP, Uk.T])),
+            gc + (z * p).sum(-1, keepdim=True, dtype=torch.float32),
+        )
         return gD, gC, gc, gVP, gUP, gUk.T, *sums.sum(0), None
 
 
@@ -431,16 +685,30 @@ class FastSublayer(Sublayer):
         gates = r.erase_gate, r.write_gate, r.erase_direction
         more = filled(len(r.commit_map.V.weight)) - len(r.commit_map.V.weight)
         U = torch.stack([F.pad(gate.U.weight, (0, more)).to(HALF) for gate in gates])
-        u, s, D, C, projected = Read.apply(*streams.values(), U[2], r.read_scale, self.norm.weight, r.commit_weight, self.norm.eps)
+        u, s, D, C, projected = Read.apply(
+            *streams.values(), U[2], r.read_scale, self.norm.weight, r.commit_weight, self.norm.eps
+        )
         inputs, parts = (function.qkv, 3) if self.kind == 'attn' else (function.fc, 1)
-        W = torch.cat([part.to(HALF) for part in (inputs.weight, *(F.pad(gate.V.weight, (0, 0, 0, more)) for gate in gates))])
+        W = torch.cat(
+            [
+                part.to(HALF)
+                for part in (inputs.weight, *(F.pad(gate.V.weight, (0, 0, 0, more)) for gate in gates))
+            ]
+        )
         n = len(inputs.weight)
-        *x, a = F.linear(u, W, None if inputs.bias is None else F.pad(inputs.bias, (0, len(W) - n))).split([n // parts] * parts + [len(W) - n], -1)
+        *x, a = F.linear(u, W, None if inputs.bias is None else F.pad(inputs.bias, (0, len(W) - n))).split(
+            [n // parts] * parts + [len(W) - n], -1
+        )
         W, b = function.proj.weight, function.proj.bias
         y = F.linear(function.inner(*x), W + r.write_map(W.T).T, None if b is None else b + r.write_map(b))
-        D = Deliberate.apply(*(x.flatten(0, 1) for x in (D, y, a, projected)), U, r.erase_gate.U.bias, r.write_gate.U.bias).view(D.shape)
+        D = Deliberate.apply(
+            *(x.flatten(0, 1) for x in (D, y, a, projected)), U, r.erase_gate.U.bias, r.write_gate.U.bias
+        ).view(D.shape)
         c = torch.sigmoid(s + r.commit_bias)
-        VP, UP = F.pad(r.commit_map.V.weight, (0, 0, 0, more)).to(HALF), F.pad(r.commit_map.U.weight, (0, more)).to(HALF)
+        VP, UP = (
+            F.pad(r.commit_map.V.weight, (0, 0, 0, more)).to(HALF),
+            F.pad(r.commit_map.U.weight, (0, more)).to(HALF),
+        )
         return {'D': D, 'C': C, 'c': c, 'VP': VP, 'UP': UP}, c
 
 
@@ -451,8 +719,13 @@ class FastGPT(GPT):
         D, C = super().start(idx).values()
         # the first read finds an empty commit, with a gradient to take: to the compiler all sublayers are the same
         r, nothing = filled(self.config.gate_rank), 0 * self.norm.weight
-        return {'D': D, 'C': C + nothing.to(C.dtype), 'c': D.new_zeros(*idx.shape, 1, dtype=torch.float32) + nothing[0],
-                'VP': nothing.to(HALF).repeat(r, 1), 'UP': nothing.to(HALF)[:, None].repeat(1, r)}
+        return {
+            'D': D,
+            'C': C + nothing.to(C.dtype),
+            'c': D.new_zeros(*idx.shape, 1, dtype=torch.float32) + nothing[0],
+            'VP': nothing.to(HALF).repeat(r, 1),
+            'UP': nothing.to(HALF)[:, None].repeat(1, r),
+        }
 
     def decode(self, streams):
         D, C, c, VP, UP = streams.values()
@@ -472,7 +745,9 @@ def outputs_and_gradients(model, idx):
     """Returns the logits and the gradients of the objective, each in one dimension."""
     with sdpa_kernel(SDPBackend.MATH):  # cuDNN's attention takes seconds to set up, for these sizes alone
         logits = model(idx)
-        return logits.detach().flatten(), torch.cat([x.flatten() for x in torch.autograd.grad(model(idx, idx)[0], model.parameters())])
+        return logits.detach().flatten(), torch.cat(
+            [x.flatten() for x in torch.autograd.grad(model(idx, idx)[0], model.parameters())]
+        )
 
 
 def fast(model):
@@ -485,13 +760,26 @@ def fast(model):
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             plain = GPT(replace(config, n_layer=1, vocab_size=64, block_size=64))
-            for name, parameter in plain.named_parameters():  # every term of the formula counts: gates are half open, products neither vanish nor outgrow the rest
-                parameter += 0.2 * torch.randn_like(parameter) * (32 / parameter.shape[-1] if parameter.dim() == 2 else 1) ** 0.5 + 3 * name.endswith('erase_gate.U.bias')
+            for (
+                name,
+                parameter,
+            ) in plain.named_parameters():  # every term of the formula counts: gates are half open, products neither vanish nor outgrow the rest
+                parameter += 0.2 * torch.randn_like(parameter) * (
+                    32 / parameter.shape[-1] if parameter.dim() == 2 else 1
+                ) ** 0.5 + 3 * name.endswith('erase_gate.U.bias')
         expected = outputs_and_gradients(plain.to(device), idx)
         with torch.autocast(device.type, HALF):
             found = outputs_and_gradients(as_fast(plain), idx)
-        if not all((x - y).norm() < tolerance * y.norm() for x, y, tolerance in zip(found, expected, (0.03, 0.08))):  # plain bfloat16: 0.014, 0.037 at most, at widths of 32 to 2,048
+        if not all(
+            (x - y).norm() < tolerance * y.norm() for x, y, tolerance in zip(found, expected, (0.03, 0.08))
+        ):  # plain bfloat16: 0.014, 0.037 at most, at widths of 32 to 2,048
             return None
-    except (AttributeError, TypeError, ValueError, RuntimeError, triton.runtime.errors.OutOfResources):  # other parts, or a GPU too small for the tiles
+    except (
+        AttributeError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        triton.runtime.errors.OutOfResources,
+    ):  # other parts, or a GPU too small for the tiles
         return None
     return as_fast(model)

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # What speed has to show, on one GPU by itself: about a quarter of an hour; `two` needs two. Every step has a limit, and what fails does not stop the next.
 #
-#   bash results/h200/run.sh                       all; what comes out lies beside this file
+#   bash speed/run.sh                       all; what comes out lies beside this file
 #   STEPS="tests tiles" OUT=/tmp/x bash …          some steps, elsewhere
 #
 # To try it on a CPU: python data/pysource/prepare.py --stdlib --tokenizer=bytes --limit=2M --out=data/tiny
 #   SCALES=demo DATASET=tiny STEPS="bench measure loss train two" MORE="--turns=2 --steps=1 --batch_size=2 --compile=False" MEASURE="--sequences=16 --turns=1" TRAIN=--max_iters=3 \
-#     LOSS="--steps=3 --runs=kernels=False;kernels=False,micro_batch=4" TWO="--turns=1 --steps=1 --batch_size=4 --device=cpu" OUT=/tmp/h200 bash results/h200/run.sh
+#     LOSS="--steps=3 --runs=kernels=False;kernels=False,micro_batch=4" TWO="--turns=1 --steps=1 --batch_size=4 --device=cpu" OUT=/tmp/h200 bash speed/run.sh
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 STEPS=${STEPS:-tests tiles bench measure loss train}
@@ -35,7 +35,7 @@ case $STEPS in *loss* | *train* | *two*) [ "$DATASET" != pysource ] || [ -e data
 for what in $STEPS; do
   case $what in
     tests) step tests 400 "$PYTHON" -m pytest -q -m gpu tests ;;
-    tiles) step tiles 300 "$PYTHON" results/h200/tiles.py --out="$OUT/tiles.json" ;;
+    tiles) step tiles 300 "$PYTHON" speed/tiles.py --out="$OUT/tiles.json" ;;
     bench)
       for scale in $SCALES; do
         step "bench_${scale}_bf16" 300 "$PYTHON" bench.py --scale="$scale" --arms=baseline,ledger,ledger/kernels=False --bf16_streams=True $MORE --out="$OUT/bench_${scale}_bf16.json"

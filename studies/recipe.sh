@@ -2,14 +2,14 @@
 # The comparison at 160M: trains arms and seeds over the GPUs, measures each run and its untrained weights, and packs what is small. It goes on where it stopped:
 # a run that is packed, or lies beside this file, is skipped; one that was interrupted resumes from its checkpoint.
 #
-#   bash results/pysource_160m/run.sh                                                        four arms, one seed, 101M tokens each, on two GPUs
-#   SEEDS="1338 1339" bash results/pysource_160m/run.sh                                      other seeds
+#   bash studies/recipe.sh                                                        four arms, one seed, 101M tokens each, on two GPUs
+#   SEEDS="1338 1339" bash studies/recipe.sh                                      other seeds
 #   ARMS="baseline_bias ledger_a0 ledger_a0.1 baseline_short2800" bash …                     the positive control, other doses of α, a whole cosine of 2800 steps
 #   ARMS="ledger_ramp64" bash …                                                              the ledger whose C starts as the last D
 #   LIMIT=550 TGZ=$OUT/packed.tgz bash …                                                     stops by itself after so many seconds; all that is packed, in one file
 #
 # To try it on a CPU: python data/pysource/prepare.py --stdlib --tokenizer=bytes --limit=2M --out=data/tiny
-#   SCALE=demo ITERS=30 DATASET=tiny GPUS="" bash results/pysource_160m/run.sh
+#   SCALE=demo ITERS=30 DATASET=tiny GPUS="" bash studies/recipe.sh
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 SCALE=${SCALE:-160m}     # 160m, 290m or demo: config/<arm>_<scale>.py

@@ -1,8 +1,8 @@
 """
 What do the massive dimensions encode? Probes on a stream of a checkpoint → table, probe.json, probe.png.
 
-    python probe.py --ckpt out/ledger_160m                       every stream, where its outlier is largest and at its last sublayer
-    python probe.py --ckpt out/ledger_demo --stream=C --tokens=2048 --seeds=2     less of it, for a CPU
+    python -m studies.probe --ckpt out/ledger_160m                       every stream, where its outlier is largest and at its last sublayer
+    python -m studies.probe --ckpt out/ledger_demo --stream=C --tokens=2048 --seeds=2     less of it, for a CPU
 
 A probe is told some dimensions of a stream after a sublayer, for one token, and asks what the token is. What it is told:
 - mean:   the `top` dimensions of largest m_j, the mean magnitude over sequences and tokens, at that sublayer; README's fixed_dim_ratio is of the first;
@@ -23,6 +23,7 @@ probe.json: {"schema": 1, "checkpoint", "iter_num", "data", "settings", "streams
 {task: {"classes", "majority", "linear" | "hidden": {"mean" | "start" | "random" | "all": {"accuracy", "shuffled", "selectivity", "balanced",
 "balanced_shuffled"}}}}}]}}, each of the last a share as {"value", "low", "high"} over the seeds. Every share is of the test side.
 """
+
 import argparse
 import json
 import math
@@ -33,18 +34,27 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from checkpoint import build_model, open_output, open_runs
 from data.classes import CLASSES, classify, language_of, structure
-from data.loader import atomic_write, encoding, philox, read_meta
-from measure import Statistics, at_once, choose_device, collect, command, figure, hooked, number, open_output, open_runs
-from model import RESIDUALS, UserError, build_model
+from data.loader import UserError, atomic_write, encoding, philox, read_meta
+from figures import figure
+from measure import Statistics, at_once, choose_device, collect, command, hooked, number
+from model import RESIDUALS
 
 HIDDEN, STEPS = 32, 200  # units of the hidden layer; steps of AdamW on all training tokens at once
-ADAMW = {'linear': dict(lr=0.1, weight_decay=0), 'hidden': dict(lr=0.03, weight_decay=0.5)}  # the rate falls to 0 along a cosine; biases never decay
-TEST_SHARE = 0.3   # of the windows, about
-POSITIONS = 8      # parts of equal length into which a window's positions fall
+ADAMW = {
+    'linear': dict(lr=0.1, weight_decay=0),
+    'hidden': dict(lr=0.03, weight_decay=0.5),
+}  # the rate falls to 0 along a cosine; biases never decay
+TEST_SHARE = 0.3  # of the windows, about
+POSITIONS = 8  # parts of equal length into which a window's positions fall
 SETS = ('mean', 'start', 'random', 'all')
-SET_STYLE = {'mean': dict(color='#D55E00', marker='o'), 'start': dict(color='#E69F00', marker='s'),
-             'random': dict(color='#999999', marker='v'), 'all': dict(color='#0072B2', marker='^')}  # Okabe and Ito 2008
+SET_STYLE = {
+    'mean': dict(color='#D55E00', marker='o'),
+    'start': dict(color='#E69F00', marker='s'),
+    'random': dict(color='#999999', marker='v'),
+    'all': dict(color='#0072B2', marker='^'),
+}  # Okabe and Ito 2008
 
 
 def label_windows(tokens, starts, bpe, language):
@@ -54,23 +64,43 @@ def label_windows(tokens, starts, bpe, language):
         idx, targets = tokens.windows([start])
         ids = np.append(idx[0].numpy(), targets[0, -1])
         kind, found = classify(ids, bpe, language), structure(ids, bpe, language)
-        columns.append((kind[:-1], kind[1:], *(found[key][:-1] for key in ('line_start', 'bracket_depth', 'inside') if key in found)))
+        columns.append(
+            (
+                kind[:-1],
+                kind[1:],
+                *(found[key][:-1] for key in ('line_start', 'bracket_depth', 'inside') if key in found),
+            )
+        )
     kind, following, line_start, *rest = (np.stack(column).astype(np.int64) for column in zip(*columns))
     position = np.broadcast_to(np.arange(T), kind.shape)
     names, yes_no = CLASSES[language], ('no', 'yes')
     edges = [f'{-(-i * T // POSITIONS)}–{-(-(i + 1) * T // POSITIONS) - 1}' for i in range(POSITIONS)]
-    labels = {'token class': (names, kind), 'next token class': (names, following), 'first of window': (yes_no, (position == 0).astype(np.int64)),
-              'position': (edges, position * POSITIONS // T), 'line start' if rest else 'sentence start': (yes_no, line_start)}
+    labels = {
+        'token class': (names, kind),
+        'next token class': (names, following),
+        'first of window': (yes_no, (position == 0).astype(np.int64)),
+        'position': (edges, position * POSITIONS // T),
+        'line start' if rest else 'sentence start': (yes_no, line_start),
+    }
     more = {'bracket depth': ('0', '1', '2', '3 or more'), 'inside': ('code', 'string', 'comment')}
     return labels | {task: (names, column) for (task, names), column in zip(more.items(), rest)}
 
 
 def document_groups(tokens, starts, eot):
     """Returns (N,) int64: windows have the same number if a chain of shared documents joins them. A document ends with its end of text."""
-    ends = np.concatenate([np.flatnonzero(np.fromfile(path, '<u2', length, offset=offset) == eot) + end - length
-                           for path, length, offset, end in zip(tokens.paths, tokens.lengths, tokens.offsets, tokens.ends)])
-    order = np.argsort(starts)  # windows do not overlap and documents are contiguous: only neighbours can share one
-    first, last = ends.searchsorted(starts[order]), ends.searchsorted(starts[order] + tokens.block_size)  # its last token is a label
+    ends = np.concatenate(
+        [
+            np.flatnonzero(np.fromfile(path, '<u2', length, offset=offset) == eot) + end - length
+            for path, length, offset, end in zip(tokens.paths, tokens.lengths, tokens.offsets, tokens.ends)
+        ]
+    )
+    order = np.argsort(
+        starts
+    )  # windows do not overlap and documents are contiguous: only neighbours can share one
+    first, last = (
+        ends.searchsorted(starts[order]),
+        ends.searchsorted(starts[order] + tokens.block_size),
+    )  # its last token is a label
     groups = np.empty(len(starts), dtype=np.int64)
     groups[order] = np.cumsum(np.append(0, first[1:] > last[:-1]))
     return groups
@@ -80,7 +110,9 @@ def split_windows(groups, seed):
     """groups: (N,). Returns (N,) bool, True on the test side: groups in a random order, as long as they leave it near TEST_SHARE."""
     sizes = np.bincount(groups)
     if len(sizes) < 2:
-        raise UserError('all windows belong to one chain of documents, so that no split keeps a document on one side: take other data, or fewer --sequences')
+        raise UserError(
+            'all windows belong to one chain of documents, so that no split keeps a document on one side: take other data, or fewer --sequences'
+        )
     test, held = np.zeros(len(groups), dtype=bool), 0
     for group in philox(seed, 0).random_raw(len(sizes)).argsort(kind='stable'):
         if held + sizes[group] <= max(TEST_SHARE * len(groups), sizes.min()):
@@ -97,8 +129,13 @@ def draw_samples(groups, T, seeds, count):
         test = split_windows(groups, seed)
         for side, drawn in enumerate(sides):
             places = (np.flatnonzero(test == side)[:, None] * T + np.arange(T)).ravel()
-            drawn.append(places[np.lexsort((philox(seed, 1 + side).random_raw(len(places)), places % T != 0))])
-    return [np.stack([places[:min(share, *map(len, drawn))] for places in drawn]) for drawn, share in zip(sides, (count * 3 // 4, count // 4))]
+            drawn.append(
+                places[np.lexsort((philox(seed, 1 + side).random_raw(len(places)), places % T != 0))]
+            )
+    return [
+        np.stack([places[: min(share, *map(len, drawn))] for places in drawn])
+        for drawn, share in zip(sides, (count * 3 // 4, count // 4))
+    ]
 
 
 class Probes:
@@ -108,13 +145,20 @@ class Probes:
     def __init__(self, S, f, sizes, hidden, device):
         """sizes: how many classes each question has."""
         self.H, self.K, self.hidden = len(sizes), max(sizes), hidden
-        self.absent = torch.arange(self.K, device=device) >= torch.tensor(sizes, device=device)[:, None]  # (H, K)
+        self.absent = (
+            torch.arange(self.K, device=device) >= torch.tensor(sizes, device=device)[:, None]
+        )  # (H, K)
         width = self.H * (hidden or self.K)
         std = 1 / math.sqrt(f) if hidden else 0
-        first = [torch.randn(f, width, generator=torch.Generator().manual_seed(seed)) * std for seed in range(S)]
+        first = [
+            torch.randn(f, width, generator=torch.Generator().manual_seed(seed)) * std for seed in range(S)
+        ]
         self.weights = [torch.stack(first).to(device), torch.zeros(S, 1, width, device=device)]
         if hidden:
-            self.weights += [torch.zeros(S, self.H, hidden, self.K, device=device), torch.zeros(S, self.H, 1, self.K, device=device)]
+            self.weights += [
+                torch.zeros(S, self.H, hidden, self.K, device=device),
+                torch.zeros(S, self.H, 1, self.K, device=device),
+            ]
         for weight in self.weights:
             weight.requires_grad_()
 
@@ -130,11 +174,15 @@ class Probes:
         counts = F.one_hot(labels, self.K).sum(2, keepdim=True)  # (S, H, 1, K)
         self.log_share = (counts / labels.shape[2]).log()
         settings = ADAMW['hidden' if self.hidden else 'linear']
-        optimizer = torch.optim.AdamW([{'params': self.weights[::2]}, {'params': self.weights[1::2], 'weight_decay': 0}], **settings)
+        optimizer = torch.optim.AdamW(
+            [{'params': self.weights[::2]}, {'params': self.weights[1::2], 'weight_decay': 0}], **settings
+        )
         for step in range(STEPS):
             for group in optimizer.param_groups:
                 group['lr'] = settings['lr'] * (1 + math.cos(math.pi * step / STEPS)) / 2
-            loss = F.cross_entropy(self.logits(x).flatten(0, 2), labels.flatten(), reduction='sum') / x.shape[1]
+            loss = (
+                F.cross_entropy(self.logits(x).flatten(0, 2), labels.flatten(), reduction='sum') / x.shape[1]
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -144,7 +192,9 @@ class Probes:
     def predict(self, x):
         """Returns two (S, H, n): the most probable class, and the one that would be if all classes were equally frequent."""
         logits = self.logits(x)
-        return logits.argmax(-1), (logits - self.log_share).masked_fill(self.log_share.isinf(), -math.inf).argmax(-1)
+        return logits.argmax(-1), (logits - self.log_share).masked_fill(
+            self.log_share.isinf(), -math.inf
+        ).argmax(-1)
 
 
 def standardize(train, test):
@@ -158,10 +208,16 @@ def standardize(train, test):
 def scores(predicted, fair, labels, K):
     """predicted, fair: what Probes.predict returns; labels: (S, H, n). Returns accuracy, balanced accuracy, which is `fair`'s, and the largest
     class's share, each (S, H) float64 numpy."""
-    of_class = torch.stack([labels == k for k in range(K)], -1)                            # (S, H, n, K)
-    held, hit = of_class.sum(2).double(), (of_class & (fair == labels)[..., None]).sum(2).double()    # (S, H, K)
+    of_class = torch.stack([labels == k for k in range(K)], -1)  # (S, H, n, K)
+    held, hit = (
+        of_class.sum(2).double(),
+        (of_class & (fair == labels)[..., None]).sum(2).double(),
+    )  # (S, H, K)
     balanced = torch.where(held > 0, hit / held, 0).sum(-1) / (held > 0).sum(-1)
-    return [x.cpu().numpy() for x in ((predicted == labels).double().mean(-1), balanced, held.max(-1).values / labels.shape[-1])]
+    return [
+        x.cpu().numpy()
+        for x in ((predicted == labels).double().mean(-1), balanced, held.max(-1).values / labels.shape[-1])
+    ]
 
 
 def over_seeds(values):
@@ -173,8 +229,18 @@ def choose_dims(m, p, top, seeds):
     """m, p: (d,) mean magnitudes, over tokens and at position 0. Returns {set: (S, f) int64} dimensions; ties go to the lowest."""
     mean, start = ((-x).argsort(kind='stable')[:top] for x in (m, p))
     others = np.setdiff1d(np.arange(len(m)), np.union1d(mean, start))
-    random = np.stack([others[philox(seed, 3).random_raw(len(others)).argsort(kind='stable')[:top]] for seed in range(seeds)])
-    return {'mean': np.tile(mean, (seeds, 1)), 'start': np.tile(start, (seeds, 1)), 'random': random, 'all': np.tile(np.arange(len(m)), (seeds, 1))}
+    random = np.stack(
+        [
+            others[philox(seed, 3).random_raw(len(others)).argsort(kind='stable')[:top]]
+            for seed in range(seeds)
+        ]
+    )
+    return {
+        'mean': np.tile(mean, (seeds, 1)),
+        'start': np.tile(start, (seeds, 1)),
+        'random': random,
+        'all': np.tile(np.arange(len(m)), (seeds, 1)),
+    }
 
 
 def probe(x, labels, samples, dims):
@@ -185,7 +251,12 @@ def probe(x, labels, samples, dims):
     asked = []
     for side, places in enumerate(samples):
         true = np.stack([column.ravel()[places] for _, column in labels.values()], 1)  # (S, tasks, n)
-        shuffled = np.stack([true[seed][:, philox(seed, 4 + side).random_raw(places.shape[1]).argsort(kind='stable')] for seed in range(S)])
+        shuffled = np.stack(
+            [
+                true[seed][:, philox(seed, 4 + side).random_raw(places.shape[1]).argsort(kind='stable')]
+                for seed in range(S)
+            ]
+        )
         asked.append(torch.from_numpy(np.concatenate([true, shuffled], 1)).to(device))
     places = [torch.from_numpy(side).to(device) for side in samples]
     report = {task: {'classes': list(names)} for task, (names, _) in labels.items()}
@@ -199,8 +270,12 @@ def probe(x, labels, samples, dims):
                 control = i + len(report)
                 report[task]['majority'] = over_seeds(majority[:, i])
                 report[task].setdefault(kind, {})[name] = {
-                    'accuracy': over_seeds(accuracy[:, i]), 'shuffled': over_seeds(accuracy[:, control]), 'selectivity': over_seeds(accuracy[:, i] - accuracy[:, control]),
-                    'balanced': over_seeds(balanced[:, i]), 'balanced_shuffled': over_seeds(balanced[:, control])}
+                    'accuracy': over_seeds(accuracy[:, i]),
+                    'shuffled': over_seeds(accuracy[:, control]),
+                    'selectivity': over_seeds(accuracy[:, i] - accuracy[:, control]),
+                    'balanced': over_seeds(balanced[:, i]),
+                    'balanced_shuffled': over_seeds(balanced[:, control]),
+                }
     return report
 
 
@@ -210,7 +285,9 @@ def choose_sublayers(statistics, stream, asked):
     if asked != 'auto':
         return {int(asked): 'asked for'}
     peak, last = int(np.where(np.isfinite(ratio), ratio, -np.inf).argmax()), len(ratio) - 1
-    return {peak: 'largest fixed-dimension ratio' + ', and the last' * (peak == last)} | ({last: 'the last'} if peak != last else {})
+    return {peak: 'largest fixed-dimension ratio' + ', and the last' * (peak == last)} | (
+        {last: 'the last'} if peak != last else {}
+    )
 
 
 @torch.no_grad()
@@ -225,7 +302,7 @@ def gather(model, tokens, starts, batch_size, wanted):
 
     with hooked(model, on_streams):
         for i in range(0, len(starts), batch_size):
-            model(tokens.windows(starts[i:i + batch_size])[0].to(next(model.parameters()).device))
+            model(tokens.windows(starts[i : i + batch_size])[0].to(next(model.parameters()).device))
     return {key: torch.cat(part) for key, part in parts.items()}
 
 
@@ -234,11 +311,19 @@ def probe_run(checkpoint, path, tokens, tokenizer, args):
     model = build_model(checkpoint, path, bf16_streams=False).to(args.device)
     names, d, T = RESIDUALS[model.config.residual].streams, model.config.n_embd, tokens.block_size
     if args.stream not in (*names, 'all'):
-        raise UserError(f"--stream={args.stream}, but {path} has {', '.join(names)}: name one of them, or all")
-    if args.sublayer != 'auto' and not (args.sublayer.isdecimal() and int(args.sublayer) < len(model.sublayers)):
-        raise UserError(f'--sublayer={args.sublayer}, but the sublayers of {path} are 0 to {len(model.sublayers) - 1}: name one of them, or auto')
+        raise UserError(
+            f'--stream={args.stream}, but {path} has {", ".join(names)}: name one of them, or all'
+        )
+    if args.sublayer != 'auto' and not (
+        args.sublayer.isdecimal() and int(args.sublayer) < len(model.sublayers)
+    ):
+        raise UserError(
+            f'--sublayer={args.sublayer}, but the sublayers of {path} are 0 to {len(model.sublayers) - 1}: name one of them, or auto'
+        )
     if 3 * args.top > d:
-        raise UserError(f'--top={args.top}, but {path} has {d} dimensions: ask for at most {d // 3}, so that as many random ones are left')
+        raise UserError(
+            f'--top={args.top}, but {path} has {d} dimensions: ask for at most {d // 3}, so that as many random ones are left'
+        )
     folder, starts = tokens.path.parent, tokens.fixed_starts(args.sequences)
     meta = read_meta(folder)
     language = language_of(meta if 'source' in meta else folder)
@@ -247,38 +332,83 @@ def probe_run(checkpoint, path, tokens, tokenizer, args):
     labels = label_windows(tokens, starts, encoding(tokenizer), language)
     batch_size = at_once(args.device, T)
     statistics = collect(model, tokens, starts, batch_size, Statistics(topk=1))
-    chosen = {name: choose_sublayers(statistics, name, args.sublayer) for name in names if args.stream in (name, 'all')}
-    features = gather(model, tokens, starts, batch_size, {(name, s) for name, sublayers in chosen.items() for s in sublayers})
+    chosen = {
+        name: choose_sublayers(statistics, name, args.sublayer)
+        for name in names
+        if args.stream in (name, 'all')
+    }
+    features = gather(
+        model,
+        tokens,
+        starts,
+        batch_size,
+        {(name, s) for name, sublayers in chosen.items() for s in sublayers},
+    )
     streams = {name: [] for name in chosen}
     for name, sublayers in chosen.items():
         for s, why in sublayers.items():
-            dims = choose_dims(*(statistics.mean((name, s, part))[0] for part in ('magnitude', 'start')), args.top, args.seeds)
-            streams[name].append({'sublayer': s, 'kind': model.sublayers[s].kind, 'because': why, 'mean_dims': dims['mean'][0].tolist(),
-                                  'start_dims': dims['start'][0].tolist(), 'tasks': probe(features.pop((name, s)), labels, samples, dims)})
-    return {'schema': 1, 'checkpoint': str(path), 'iter_num': checkpoint['iter_num'],
-            'data': {'name': folder.name, 'split': args.split, 'language': language, 'sequences': len(starts), 'block_size': T, 'seed': 0,
-                     'document_groups': int(groups.max()) + 1, 'train_tokens': samples[0].shape[1], 'test_tokens': samples[1].shape[1]},
-            'settings': {'top': args.top, 'seeds': args.seeds, 'hidden': HIDDEN, 'steps': STEPS, 'adamw': ADAMW},
-            'streams': streams}
+            dims = choose_dims(
+                *(statistics.mean((name, s, part))[0] for part in ('magnitude', 'start')),
+                args.top,
+                args.seeds,
+            )
+            streams[name].append(
+                {
+                    'sublayer': s,
+                    'kind': model.sublayers[s].kind,
+                    'because': why,
+                    'mean_dims': dims['mean'][0].tolist(),
+                    'start_dims': dims['start'][0].tolist(),
+                    'tasks': probe(features.pop((name, s)), labels, samples, dims),
+                }
+            )
+    return {
+        'schema': 1,
+        'checkpoint': str(path),
+        'iter_num': checkpoint['iter_num'],
+        'data': {
+            'name': folder.name,
+            'split': args.split,
+            'language': language,
+            'sequences': len(starts),
+            'block_size': T,
+            'seed': 0,
+            'document_groups': int(groups.max()) + 1,
+            'train_tokens': samples[0].shape[1],
+            'test_tokens': samples[1].shape[1],
+        },
+        'settings': {'top': args.top, 'seeds': args.seeds, 'hidden': HIDDEN, 'steps': STEPS, 'adamw': ADAMW},
+        'streams': streams,
+    }
 
 
 def print_run(name, report):
     """A block for each stream and sublayer, two lines a task, four columns of what the probe is told."""
     data, settings = report['data'], report['settings']
-    print(f"\n{name}, iteration {report['iter_num']}: {data['train_tokens']} tokens to train on and {data['test_tokens']} to test on, "
-          f"of {data['sequences']} windows\nin {data['document_groups']} groups that share no document, {data['name']} {data['split']}; {settings['seeds']} seeds. In %: "
-          'accuracy ± half its range over the seeds,\n± accuracy above shuffled labels, balanced accuracy. Majority: accuracy of the largest class')
+    print(
+        f'\n{name}, iteration {report["iter_num"]}: {data["train_tokens"]} tokens to train on and {data["test_tokens"]} to test on, '
+        f'of {data["sequences"]} windows\nin {data["document_groups"]} groups that share no document, {data["name"]} {data["split"]}; {settings["seeds"]} seeds. In %: '
+        'accuracy ± half its range over the seeds,\n± accuracy above shuffled labels, balanced accuracy. Majority: accuracy of the largest class'
+    )
     for stream, places in report['streams'].items():
         for place in places:
-            print(f"\n{stream} after {place['kind']} {place['sublayer']} ({place['because']}); dimensions: mean {place['mean_dims']}\nstart {place['start_dims']}")
-            print(f"{'majority':>29}" + ''.join(f'{title:>20}' for title in SETS))
+            print(
+                f'\n{stream} after {place["kind"]} {place["sublayer"]} ({place["because"]}); dimensions: mean {place["mean_dims"]}\nstart {place["start_dims"]}'
+            )
+            print(f'{"majority":>29}' + ''.join(f'{title:>20}' for title in SETS))
             for task, t in place['tasks'].items():
                 for kind in ('linear', 'hidden'):
-                    row = f"{task:16} linear{100 * t['majority']['value']:6.1f}" if kind == 'linear' else f"{'hidden':>23}{'':6}"
+                    row = (
+                        f'{task:16} linear{100 * t["majority"]["value"]:6.1f}'
+                        if kind == 'linear'
+                        else f'{"hidden":>23}{"":6}'
+                    )
                     for told in SETS:
                         q = t[kind][told]
                         half = 50 * (q['accuracy']['high'] - q['accuracy']['low'])
-                        row += f"{100 * q['accuracy']['value']:.1f}±{half:.{int(half < 10)}f}{100 * q['selectivity']['value']:+6.1f}{100 * q['balanced']['value']:4.0f}".rjust(20)
+                        row += f'{100 * q["accuracy"]["value"]:.1f}±{half:.{int(half < 10)}f}{100 * q["selectivity"]["value"]:+6.1f}{100 * q["balanced"]["value"]:4.0f}'.rjust(
+                            20
+                        )
                     print(row)
 
 
@@ -286,39 +416,105 @@ def draw(name, report, path):
     """A panel for each stream and sublayer: balanced accuracy in every task, for what the probe is told; bars from the smallest to the largest over the seeds."""
     panels = [(stream, place) for stream, places in report['streams'].items() for place in places]
     top = report['settings']['top']
-    with figure(path, f"{name}, iteration {report['iter_num']}: what probes read from a stream\n"
-                f'mean, start: the {top} largest dimensions over all tokens or at position 0; random: {top} others; all: every one', len(panels), 1, (10, 3)) as axes:
+    with figure(
+        path,
+        f'{name}, iteration {report["iter_num"]}: what probes read from a stream\n'
+        f'mean, start: the {top} largest dimensions over all tokens or at position 0; random: {top} others; all: every one',
+        len(panels),
+        1,
+        (10, 3),
+    ) as axes:
         for axis, (stream, place) in zip(axes, panels):
             for i, told in enumerate(SETS):
                 for kind, shift in (('linear', -0.045), ('hidden', 0.045)):
                     rows = [t[kind][told] for t in place['tasks'].values()]
                     x = np.arange(len(rows)) + (i - 1.5) * 0.2 + shift
-                    value, low, high = (100 * np.array([q['balanced'][key] for q in rows]) for key in ('value', 'low', 'high'))
-                    axis.errorbar(x, value, (value - low, high - value), linestyle='', markersize=5, linewidth=1, **SET_STYLE[told],
-                                  markerfacecolor=SET_STYLE[told]['color'] if kind == 'linear' else 'white', label=f'{told}, {kind}')
-                    axis.hlines([100 * q['balanced_shuffled']['value'] for q in rows], x - 0.045, x + 0.045, color='#000000', linewidth=1.2,
-                                label='shuffled labels' if (i, kind) == (3, 'hidden') else None)
-            axis.hlines([100 / len(t['classes']) for t in place['tasks'].values()], np.arange(len(rows)) - 0.45, np.arange(len(rows)) + 0.45, color='#CC79A7',
-                        linestyle='--', linewidth=1, zorder=1, label='chance: 1 ÷ number of classes')
-            axis.set(title=f"{stream} after {place['kind']} {place['sublayer']} ({place['because']})", ylabel='balanced accuracy (%)', ylim=(0, 105))
+                    value, low, high = (
+                        100 * np.array([q['balanced'][key] for q in rows]) for key in ('value', 'low', 'high')
+                    )
+                    axis.errorbar(
+                        x,
+                        value,
+                        (value - low, high - value),
+                        linestyle='',
+                        markersize=5,
+                        linewidth=1,
+                        **SET_STYLE[told],
+                        markerfacecolor=SET_STYLE[told]['color'] if kind == 'linear' else 'white',
+                        label=f'{told}, {kind}',
+                    )
+                    axis.hlines(
+                        [100 * q['balanced_shuffled']['value'] for q in rows],
+                        x - 0.045,
+                        x + 0.045,
+                        color='#000000',
+                        linewidth=1.2,
+                        label='shuffled labels' if (i, kind) == (3, 'hidden') else None,
+                    )
+            axis.hlines(
+                [100 / len(t['classes']) for t in place['tasks'].values()],
+                np.arange(len(rows)) - 0.45,
+                np.arange(len(rows)) + 0.45,
+                color='#CC79A7',
+                linestyle='--',
+                linewidth=1,
+                zorder=1,
+                label='chance: 1 ÷ number of classes',
+            )
+            axis.set(
+                title=f'{stream} after {place["kind"]} {place["sublayer"]} ({place["because"]})',
+                ylabel='balanced accuracy (%)',
+                ylim=(0, 105),
+            )
             axis.set_xticks(range(len(place['tasks'])), list(place['tasks']))
             axis.grid(alpha=0.3, axis='y')
-        axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=5, fontsize='small')
+        axes[0].figure.legend(
+            *axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=5, fontsize='small'
+        )
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--ckpt', nargs='+', required=True, help='checkpoints, folders of runs, or folders above them')
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        '--ckpt', nargs='+', required=True, help='checkpoints, folders of runs, or folders above them'
+    )
     parser.add_argument('--stream', default='all', help='h, D, C, or all (default)')
-    parser.add_argument('--sublayer', default='auto', help='0 to 2 · n_layer − 1; auto (default): where the fixed-dimension ratio is largest, and the last')
-    parser.add_argument('--top', type=int, default=4, help='how many dimensions of largest magnitude a probe is told (default 4)')
-    parser.add_argument('--sequences', type=int, default=128, help='windows of the validation split to take tokens from (default 128)')
-    parser.add_argument('--tokens', type=int, default=16384, help='tokens a seed draws from them, a quarter of them to test on (default 16384)')
+    parser.add_argument(
+        '--sublayer',
+        default='auto',
+        help='0 to 2 · n_layer − 1; auto (default): where the fixed-dimension ratio is largest, and the last',
+    )
+    parser.add_argument(
+        '--top',
+        type=int,
+        default=4,
+        help='how many dimensions of largest magnitude a probe is told (default 4)',
+    )
+    parser.add_argument(
+        '--sequences',
+        type=int,
+        default=128,
+        help='windows of the validation split to take tokens from (default 128)',
+    )
+    parser.add_argument(
+        '--tokens',
+        type=int,
+        default=16384,
+        help='tokens a seed draws from them, a quarter of them to test on (default 16384)',
+    )
     parser.add_argument('--seeds', type=int, default=5, help='how often to draw and train (default 5)')
-    parser.add_argument('--data', help="dataset to probe on, a name below data/ or a path (default: the run's own)")
+    parser.add_argument(
+        '--data', help="dataset to probe on, a name below data/ or a path (default: the run's own)"
+    )
     parser.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
-    parser.add_argument('--out', type=Path, help="folder for probe.json and the figure (default: the run's own)")
-    parser.add_argument('--force', action='store_true', help='go on although the data are not those of the training')
+    parser.add_argument(
+        '--out', type=Path, help="folder for probe.json and the figure (default: the run's own)"
+    )
+    parser.add_argument(
+        '--force', action='store_true', help='go on although the data are not those of the training'
+    )
     parser.set_defaults(split='val', topk=1)  # what open_runs asks for besides
     args = parser.parse_args(argv)
     for name, least in (('top', 1), ('sequences', 2), ('tokens', 64), ('seeds', 1)):

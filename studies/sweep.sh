@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # 28 small architectures × baseline and ledger, 600 steps of 16 × 256 bytes of Python source each, several runs at once on each GPU; then packed.
 # After TIME_LIMIT seconds no run starts, after GRACE more those that still train are ended; whole runs are packed, and the same command goes on with the others.
-# To try it on a CPU: PAIRS=2 STEPS=32 JOBS=1 DEVICE=cpu BLOCK=64 BATCH=4 RUNS=out/tiny_sweep PACKED=out/tiny_sweep/sweep.jsonl bash results/emergence/sweep.sh
+# To try it on a CPU: PAIRS=2 STEPS=32 JOBS=1 DEVICE=cpu BLOCK=64 BATCH=4 RUNS=out/tiny_sweep PACKED=out/tiny_sweep/sweep.jsonl bash studies/sweep.sh
 set -eu
 cd "$(dirname "$0")/../.."
 export PAIRS=${PAIRS:-28} STEPS=${STEPS:-600} DEVICE=${DEVICE:-cuda} DATASET=${DATASET:-pysource_demo} BLOCK=${BLOCK:-256} BATCH=${BATCH:-16}
@@ -24,4 +24,4 @@ echo "$(wc -w <<< "$whole") of $((2 * PAIRS)) runs are whole"
 mkdir -p "$(dirname "$PACKED")"
 "$PYTHON" emergence.py --pack $(dirname $whole) --out="$PACKED"
 "$PYTHON" -c 'import json, sys; from bench import machine; print(json.dumps({"command": sys.argv[1], "runs": int(sys.argv[2]), **machine()}, indent=1))' \
-  "PAIRS=$PAIRS STEPS=$STEPS BLOCK=$BLOCK BATCH=$BATCH DATASET=$DATASET JOBS=$JOBS GPUS=\"$GPUS\" bash results/emergence/sweep.sh" "$(wc -w <<< "$whole")" > "${PACKED%.jsonl}_recipe.json"
+  "PAIRS=$PAIRS STEPS=$STEPS BLOCK=$BLOCK BATCH=$BATCH DATASET=$DATASET JOBS=$JOBS GPUS=\"$GPUS\" bash studies/sweep.sh" "$(wc -w <<< "$whole")" > "${PACKED%.jsonl}_recipe.json"
