@@ -1,7 +1,9 @@
 """Datasets from elsewhere: the download of FineWeb-Edu from a server that misbehaves, anybody's own text, and what others have prepared."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import re
 import signal
@@ -494,21 +496,29 @@ def test_what_is_malformed_is_counted_and_not_fatal(tmp_path, capsys):
     (tmp_path / 'e.txt.gz').write_bytes(gzip.compress(b'breaks off')[:-9])
     (tmp_path / 'f.txt').symlink_to(tmp_path / 'nowhere')
     os.mkfifo(tmp_path / 'g.txt')
-    assert make_text(tmp_path / 'out', tmp_path) == [b'fine', b'good']
+    found = make_text(tmp_path / 'out', tmp_path)
+    assert found == [b'fine', b'good']
+    said = capsys.readouterr().out
+    assert "5 lines without a text as 'text'" in said
     assert (
-        "left out: 1 empty documents, 5 lines without a text as 'text', 1 malformed lines, 3 texts that are not UTF-8, 4 unreadable files"
-        in capsys.readouterr().out
+        '1 empty documents' in said and '1 malformed lines' in said and '2 lines that are not UTF-8' in said
     )
+    assert '1 bytes in 1 pieces of up to 262 kB that are not UTF-8' in said
+    assert '4 unreadable files (the first: ' in said
 
 
 @pytest.mark.parametrize(
     'files, flags, expected',
     [
         ({'a.txt': b''}, [], 'no text in 1 files'),
-        ({'a.jsonl': b'{"text": \n'}, [], 'no text in 1 files (left out: 1 malformed lines)'),
+        (
+            {'a.jsonl': b'{"text": \n'},
+            [],
+            'no text in 1 files (left out: 10 bytes in 1 malformed lines (corpus/a.jsonl))',
+        ),
         ({'a.txt': b'one'}, [], 'all text is one document'),
         ({'a.txt': b'copy', 'b.txt': b'copy'}, [], 'all text is one document'),
-        ({'a.html': b'text'}, [], 'hold no .txt, .md, .py, .jsonl'),
+        ({'a.html': b'text'}, [], 'hold no text (left out: 1 files of other kinds (corpus/a.html))'),
         ({'a.txt': b'one'}, ['nowhere'], 'there is no nowhere'),
         ({'a.html': b'text'}, ['corpus/a.html'], 'is of no kind that is known'),
         ({'a.txt': b'one', 'b.txt': b'two'}, ['--workers=0'], '--workers is 0'),
@@ -563,6 +573,165 @@ def test_memory_does_not_grow_with_the_input(tmp_path):
     )
     small, big = (int(line) for line in result.stdout.splitlines()[2::3])
     assert big - small < 12
+
+
+COMPRESSED = {'.gz': gzip.compress, '.bz2': bz2.compress, '.xz': lzma.compress}
+
+
+@pytest.mark.parametrize('suffix', COMPRESSED)
+@pytest.mark.parametrize('lines', [False, True], ids=['text', 'lines'])
+def test_compressed_files_are_the_texts_that_they_hold(tmp_path, suffix, lines):
+    corpus = tmp_path / 'corpus'
+    corpus.mkdir()
+    for word in ('one', 'two', 'three'):
+        content = json.dumps({'text': word}) + '\n' if lines else word
+        name = f'{word}.jsonl{suffix}' if lines else f'{word}.txt{suffix}'
+        (corpus / name).write_bytes(COMPRESSED[suffix](content.encode()))
+    assert make_text(tmp_path / 'out', corpus) == [b'one', b'three', b'two']
+
+
+@pytest.mark.parametrize('suffix', COMPRESSED)
+def test_a_compressed_file_that_breaks_off_is_read_as_far_as_it_goes_and_counted(tmp_path, capsys, suffix):
+    lines = ''.join(json.dumps({'text': f'{sha256(bytes([i])).hexdigest()}'}) + '\n' for i in range(200))
+    for name, lost in (('whole', 0), ('cut', 100)):
+        packed = COMPRESSED[suffix](lines.encode())
+        (tmp_path / f'{name}.jsonl{suffix}').write_bytes(packed[: len(packed) - lost])
+    assert len(make_text(tmp_path / 'out', tmp_path)) >= 200
+    assert f'1 unreadable files ({tmp_path}/cut.jsonl{suffix})' in capsys.readouterr().out
+
+
+def test_json_is_read_line_by_line_like_jsonl(tmp_path):
+    (tmp_path / 'c4.json.gz').write_bytes(gzip.compress(b'{"text": "one"}\n{"text": "two"}\n'))
+    assert make_text(tmp_path / 'out', tmp_path) == [b'one', b'two']
+
+
+def test_zst_is_read_where_there_is_a_decoder(tmp_path):
+    zstandard = pytest.importorskip('zstandard')
+    for name in ('one', 'two'):
+        line = json.dumps({'text': name}).encode()
+        (tmp_path / f'{name}.jsonl.zst').write_bytes(zstandard.compress(line))
+    assert make_text(tmp_path / 'out', tmp_path) == [b'one', b'two']
+
+
+@pytest.mark.parametrize('given', ['corpus', 'corpus/a.jsonl.zst'])
+def test_zst_without_a_decoder_ends_in_a_sentence_that_names_one(tmp_path, monkeypatch, given):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(text, 'has_zst', lambda: False)
+    (tmp_path / 'corpus').mkdir()
+    (tmp_path / 'corpus' / 'a.jsonl.zst').write_bytes(b'')
+    said = sentence(text.main, [given, '--tokenizer=bytes', '--out=out'])
+    assert 'corpus/a.jsonl.zst needs a decoder for .zst: pip install zstandard' in said
+
+
+def test_what_nothing_here_unpacks_is_named(tmp_path, capsys):
+    (tmp_path / 'a.parquet').write_bytes(b'PAR1')
+    for name in 'bc':
+        (tmp_path / f'{name}.txt').write_text(name)
+    assert 'needs a decoder for .parquet' in sentence(text.main, [str(tmp_path / 'a.parquet')])
+    make_text(tmp_path / 'out', tmp_path)
+    assert f'left out: 1 files to unpack first ({tmp_path}/a.parquet)' in capsys.readouterr().out
+
+
+def test_a_field_may_lie_within_others(tmp_path):
+    lines = [{'data': {'text': 'inner'}}, {'data.text': 'literal'}, {'data': 'flat'}]
+    (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    assert make_text(tmp_path / 'out', tmp_path, flags=['--field=data.text']) == [b'inner', b'literal']
+
+
+def test_a_byte_that_is_not_utf8_ends_the_document_and_its_piece_is_counted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(text, 'PIECE', 64)
+    lines = [f'{i:031}\n'.encode() for i in range(12)]
+    lines[5] = b'\xff' * 31 + b'\n'
+    (tmp_path / 'big.txt').write_bytes(b''.join(lines))
+    (tmp_path / 'small.txt').write_bytes(b'small')
+    # All that is left of big.txt is put on one side, so that documents end at the hole alone.
+    found = make_text(tmp_path / 'out', tmp_path, flags=[f'--val={tmp_path}/small.txt'])
+    hole_begins = next(i for i, document in enumerate(sorted(found)) if document.startswith(lines[0]))
+    before, after = sorted(found)[hole_begins : hole_begins + 2]
+    lost = sum(map(len, lines)) - len(before) - len(after)
+    assert b''.join(lines).startswith(before) and b''.join(lines).endswith(after)
+    assert before and after and 32 <= lost <= 128
+    assert f'{lost} bytes in 1 pieces' in capsys.readouterr().out
+
+
+def test_text_in_utf16_is_not_taken_for_utf8(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(text, 'PIECE', 64)
+    (tmp_path / 'windows.txt').write_bytes(('plain ASCII\r\n' * 50).encode('utf-16'))
+    for name in 'ab':
+        (tmp_path / f'{name}.txt').write_text(name)
+    assert make_text(tmp_path / 'out', tmp_path) == [b'a', b'b']
+    assert '1,302 bytes in' in capsys.readouterr().out
+
+
+def test_a_byte_order_mark_is_no_token(tmp_path):
+    (tmp_path / 'a.txt').write_bytes(b'\xef\xbb\xbfone')
+    (tmp_path / 'b.txt.gz').write_bytes(gzip.compress(b'\xef\xbb\xbftwo'))
+    (tmp_path / 'c.jsonl').write_bytes(b'\xef\xbb\xbf{"text": "three"}')
+    assert make_text(tmp_path / 'out', tmp_path) == [b'one', b'three', b'two']
+
+
+def test_suffixes_count_in_any_case(tmp_path):
+    (tmp_path / 'BIG.TXT').write_text('big')
+    (tmp_path / 'Small.Jsonl.GZ').write_bytes(gzip.compress(b'{"text": "small"}'))
+    assert make_text(tmp_path / 'out', tmp_path) == [b'big', b'small']
+
+
+def test_a_file_is_taken_once_whatever_names_lead_to_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'corpus').mkdir()
+    for name in ('one', 'two'):
+        (tmp_path / 'corpus' / f'{name}.txt').write_text(name)
+    (tmp_path / 'corpus' / 'three.txt').symlink_to('one.txt')
+    names = ['corpus', './corpus', tmp_path / 'corpus', 'corpus/one.txt']
+    assert make_text(tmp_path / 'out', *names) == [b'one', b'two']
+    assert 'second names of a file' in capsys.readouterr().out
+
+
+def test_folders_that_are_links_or_cannot_be_read_are_counted_and_named(tmp_path, monkeypatch, capsys):
+    corpus = tmp_path / 'corpus'
+    (corpus / 'closed').mkdir(parents=True)
+    (corpus / 'linked').symlink_to(tmp_path)
+    for name in 'ab':
+        (corpus / f'{name}.txt').write_text(name)
+    scandir = os.scandir
+
+    def refuses(path):  # root may read everything, whatever chmod says
+        if str(path).endswith('closed'):
+            raise PermissionError(13, 'Permission denied', path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, 'scandir', refuses)
+    assert make_text(tmp_path / 'out', corpus) == [b'a', b'b']
+    said = capsys.readouterr().out
+    assert f'1 folders that cannot be read ({corpus}/closed)' in said
+    assert f'1 linked folders ({corpus}/linked)' in said
+
+
+def test_val_names_what_to_validate_on(tmp_path):
+    corpus = tmp_path / 'corpus'
+    corpus.mkdir()
+    for name in 'abcdef':
+        (corpus / f'{name}.txt').write_text(name)
+    make_text(tmp_path / 'out', corpus, flags=[f'--val={corpus}/b.txt', f'--val={corpus}/d.txt'])
+    assert documents(tmp_path / 'out' / 'val.bin', 256) == [b'b', b'd']
+    assert documents(tmp_path / 'out' / 'train.bin', 256) == [b'a', b'c', b'e', b'f']
+
+
+def test_all_text_for_validation_ends_in_a_sentence(tmp_path):
+    (tmp_path / 'a.txt').write_text('a')
+    flags = [str(tmp_path), f'--val={tmp_path}', '--tokenizer=bytes', f'--out={tmp_path}/out']
+    assert 'there is no text for train.bin' in sentence(text.main, flags)
+
+
+@pytest.mark.parametrize('share', ['0', '1', 'nan', '-0.5'])
+def test_a_share_that_is_none_is_refused(tmp_path, share):
+    assert '--val_share is' in sentence(text.main, [str(tmp_path), f'--val_share={share}'])
+
+
+def test_val_share_is_the_share_of_documents_that_validate(tmp_path):
+    (tmp_path / 'a.jsonl').write_text('\n'.join(json.dumps({'text': str(i)}) for i in range(2000)))
+    make_text(tmp_path / 'out', tmp_path, flags=['--val_share=0.25'])
+    assert abs(len(documents(tmp_path / 'out' / 'val.bin', 256)) - 500) < 6 * np.sqrt(2000 * 0.25 * 0.75)
 
 
 # What others have prepared

@@ -34,7 +34,8 @@ sys.path[0] = str(
     Path(__file__).resolve().parents[2]
 )  # run as a script, it finds the repository and not its own folder
 from data.loader import GPT2_META, SHARD_HEADER, UserError, shard_tokens
-from data.writer import Progress, announce, number
+from data.progress import Progress
+from data.writer import announce, number
 
 DATASET = 'kjj0/finewebedu10B-gpt2'
 URL = f'https://huggingface.co/datasets/{DATASET}/resolve/main'

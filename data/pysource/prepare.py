@@ -27,7 +27,8 @@ sys.path[0] = str(
     Path(__file__).resolve().parents[2]
 )  # run as a script, it finds the repository and not its own folder
 from data.loader import UserError, dataset_folder, encoding
-from data.writer import Progress, number, tokenize, write_dataset
+from data.progress import Progress
+from data.writer import number, tokenize, write_dataset
 
 # What train.py makes for the demo configs by itself: quick, and nearly the same on every machine.
 DEMO = ['--stdlib', '--tokenizer=bytes', '--limit=8M', f'--out={dataset_folder("pysource_demo")}']
