@@ -142,7 +142,8 @@ def open_runs(args):
             checkpoint['model_args'],
         )
         meta = read_meta(folder)
-        tokens = Tokens(folder, args.split, model_args['block_size'], meta['vocab_size'])
+        first_token = meta['eot'] if checkpoint['config'].get('bos') else None
+        tokens = Tokens(folder, args.split, model_args['block_size'], meta['vocab_size'], first_token)
         if meta['vocab_size'] != model_args['vocab_size']:
             raise UserError(
                 f'{folder} has a vocabulary of {meta["vocab_size"]}, {path} one of {model_args["vocab_size"]}: name its data with --data'

@@ -44,24 +44,28 @@ class GPTConfig:
     bf16_streams: bool = False  # True: streams are kept in bfloat16; False: in the parameters' precision
 
     def __post_init__(self):
-        for field in fields(self):
+        for field in fields(GPTConfig):  # a class that inherits checks its own
             value = getattr(self, field.name)
             if type(value) is not field.type and not (field.type is float and type(value) is int):
-                raise UserError(f'{field.name} is {value!r}: expected {field.type.__name__}')
+                raise UserError(f'{field.name} is {value!r}: expected {field.type.__name__}', field.name)
             if field.type is int and value < 1:
-                raise UserError(f'{field.name} is {value}: expected at least 1')
+                raise UserError(f'{field.name} is {value}: expected at least 1', field.name)
         if self.residual not in RESIDUALS:
-            raise UserError(f"residual is '{self.residual}': expected one of {', '.join(RESIDUALS)}")
+            expected = ', '.join(RESIDUALS)
+            raise UserError(f"residual is '{self.residual}': expected one of {expected}", 'residual')
         if self.n_embd % self.n_head:
             raise UserError(
-                f'n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}: every head has n_embd / n_head dimensions'
+                f'n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}: every head has n_embd / n_head dimensions',
+                'n_embd',
             )
         if not 0 <= self.commit_sparsity < math.inf:
-            raise UserError(f'commit_sparsity is {self.commit_sparsity}: expected 0 or more')
+            raise UserError(
+                f'commit_sparsity is {self.commit_sparsity}: expected 0 or more', 'commit_sparsity'
+            )
         if not 0 < self.commit_ramp < math.inf:
-            raise UserError(f'commit_ramp is {self.commit_ramp}: expected a number above 0')
+            raise UserError(f'commit_ramp is {self.commit_ramp}: expected a number above 0', 'commit_ramp')
         if not math.isfinite(self.decode_gamma):
-            raise UserError(f'decode_gamma is {self.decode_gamma}: expected a finite number')
+            raise UserError(f'decode_gamma is {self.decode_gamma}: expected a finite number', 'decode_gamma')
 
 
 def linear(n_in, n_out, bias=False, std=0.02):

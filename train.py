@@ -24,7 +24,7 @@ import sys
 import time
 import traceback
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
 
@@ -40,26 +40,14 @@ from model import GPT, RESIDUALS, GPTConfig, twin
 
 
 @dataclass
-class Config:
-    # the arm
-    residual: str = 'baseline'  # or 'ledger': any name in model.RESIDUALS
-    qk_norm: bool = False  # RMSNorm on each head's queries and keys: a plain suppression of the outlier
-    attn_bias_kv: bool = (
-        False  # a learned key and value a head: published to remove the outlier (Sun et al. 2024, §4)
-    )
-    gate_rank: int = 64  # ledger: keeps its parameter count within 8% of the baseline's
-    commit_sparsity: float = 0.02  # ledger: α, the price of committing
-    decode_gamma: float = 0.0  # ledger: γ, 0 decodes C alone, which is the point of the experiment
-    commit_ramp: float = 1.0  # ledger: how late along the depth commits begin, at the start of training
-    bf16_streams: bool = False  # the residual streams' precision, in every arm: False is float32
-    # its size
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    mlp_ratio: int = 4  # width of the MLP over n_embd
-    block_size: int = 1024  # tokens a sequence
+class Config(GPTConfig):
+    """The settings of a run: those of the model, and these. vocab_size comes with the data, and is none."""
+
     # the data
     dataset: str = 'fineweb_edu'  # data/<dataset>/, or a path if it has a slash
+    bos: bool = (
+        False  # every window starts with the end-of-text id, in training, evaluating and measuring alike
+    )
     # the step
     batch_size: int = 24  # sequences a step, over all processes
     micro_batch: int = 0  # sequences that one process puts through the model at once; 0: all that it has
@@ -67,7 +55,8 @@ class Config:
     lr: float = 3e-4  # at its peak
     warmup_iters: int = 300  # linear, from nothing
     min_lr_ratio: float = 0.1  # cosine from lr to this share of it at max_iters
-    weight_decay: float = 0.1  # matrices and embeddings only: gate biases, gains, λ and w_c never decay
+    weight_decay: float = 0.1  # of matrices and embeddings
+    decay_all: bool = False  # gate biases, gains, λ and w_c decay too, as in the published code
     beta1: float = 0.9
     beta2: float = 0.999
     grad_clip: float = 1.0  # largest L2 norm of all gradients together
@@ -127,13 +116,11 @@ class Config:
             raise UserError(
                 f"snapshots is '{self.snapshots}': expected iterations with commas between, like 0,500"
             )
-        self.model_config(2)  # says what is wrong with the model's settings
+        super().__post_init__()
 
     def model_config(self, vocab_size):
-        return GPTConfig(
-            vocab_size=vocab_size,
-            **{f.name: getattr(self, f.name) for f in fields(GPTConfig) if f.name != 'vocab_size'},
-        )
+        own = {field.name: getattr(self, field.name) for field in fields(GPTConfig)}
+        return GPTConfig(**{**own, 'vocab_size': vocab_size})
 
 
 # What may differ between a checkpoint and the command that resumes it: none of it changes a step that has been taken.
@@ -186,7 +173,7 @@ def parse_value(text, expected):
 
 def read_config(argv):
     """Returns the Config of a command line: at most one config file, then --key=value. Every name must be a setting that the arm uses."""
-    types = {f.name: f.type for f in fields(Config)}
+    types = {f.name: f.type for f in fields(Config) if f.name != 'vocab_size'}
     files = [arg for arg in argv if not arg.startswith('--')]
     if len(files) > 1:
         raise UserError(
@@ -293,18 +280,20 @@ def open_data(config, world):
         world.any(False)  # the others wait
     meta = read_meta(folder)
     return {
-        split: Tokens(folder, split, config.block_size, meta['vocab_size']) for split in ('train', 'val')
+        split: Tokens(
+            folder, split, config.block_size, meta['vocab_size'], meta['eot'] if config.bos else None
+        )
+        for split in ('train', 'val')
     }, meta
 
 
 def make_optimizer(model, config):
-    """AdamW. Matrices and embeddings decay; vectors (biases, gains, λ, w_c) do not."""
-    matrices, vectors = (
-        [p for p in model.parameters() if (p.ndim >= 2) == wanted] for wanted in (True, False)
-    )
+    """AdamW. Matrices and embeddings decay; vectors (biases, gains, λ, w_c) do so with decay_all alone."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [
         {'params': matrices, 'weight_decay': config.weight_decay},
-        {'params': vectors, 'weight_decay': 0.0},
+        {'params': vectors, 'weight_decay': config.weight_decay if config.decay_all else 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
 
@@ -337,6 +326,7 @@ class Run:
                 'torch._inductor.async_compile'
             )  # its worker processes come up while the model is made
         torch.manual_seed(config.seed)
+        self.config = config = replace(config, vocab_size=meta['vocab_size'])
         self.model = GPT(config.model_config(meta['vocab_size'])).to(self.world.device)
         self.optimizer = make_optimizer(self.model, config)
         self.step_model = self.model_for_steps()
@@ -767,7 +757,8 @@ def train(config):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if {'-h', '--help'} & set(argv):
-        print(__doc__ + inspect.getsource(Config).partition('    def ')[0])
+        sources = ''.join(inspect.getsource(kind).partition('    def ')[0] for kind in (GPTConfig, Config))
+        print(__doc__ + '\n' + sources)
         return
     try:
         train(read_config(argv))

@@ -19,7 +19,12 @@ import torch
 
 
 class UserError(Exception):
-    """A mistake that the person at the keyboard can mend: every main() prints it as one sentence, without a traceback."""
+    """A mistake that the person at the keyboard can mend: every main() prints it as one sentence, without a traceback.
+    `setting` is the name of the setting whose value is wrong, where it is one."""
+
+    def __init__(self, message, setting=None):
+        super().__init__(message)
+        self.setting = setting
 
 
 END_OF_TEXT = '<|endoftext|>'
@@ -138,9 +143,11 @@ def shards_of(folder, split):
 
 
 class Tokens:
-    """One split of a dataset, opened for reading windows of block_size + 1 tokens. Positions count through all of its files."""
+    """One split of a dataset, opened for reading windows of block_size + 1 tokens. Positions count through all of its files.
+    first_token: an id that every window starts with, or None. The window's own tokens then follow it, all but the last one."""
 
-    def __init__(self, folder, split, block_size, vocab_size):
+    def __init__(self, folder, split, block_size, vocab_size, first_token=None):
+        self.first_token = first_token
         self.path = Path(folder) / f'{split}.bin'
         self.block_size, self.vocab_size = block_size, vocab_size
         self.paths = [self.path] if self.path.exists() else shards_of(folder, split) or [self.path]
@@ -234,6 +241,9 @@ class Tokens:
                 f'{self.paths[i]} holds token id {tokens[row, column]} at position {start + column}, beyond the vocabulary of {self.vocab_size}: '
                 'it was made with another tokenizer, or is not little-endian uint16'
             )
+        if self.first_token is not None:
+            tokens[:, 1:] = tokens[:, :-1].copy()
+            tokens[:, 0] = self.first_token
         tokens = torch.from_numpy(tokens.astype(np.int64))
         return tokens[:, :-1], tokens[:, 1:]
 

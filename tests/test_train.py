@@ -1,6 +1,5 @@
 """The job: what a command line means, what a run leaves behind, and that it is the same run however it is cut up."""
 
-import inspect
 import json
 import math
 import os
@@ -10,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from hashlib import sha256
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import data.loader
+import measure
 import train
 from checkpoint import build_model
 from data.loader import UserError
@@ -265,7 +266,7 @@ def test_importing_trains_nothing_and_help_prints_every_setting_with_its_default
     assert capsys.readouterr().out == ''
     train.main(['--help'])
     printed = capsys.readouterr().out
-    assert all(f'    {name}: ' in printed for name in inspect.signature(Config).parameters)
+    assert all(f'    {field.name}: ' in printed for field in fields(Config))
     assert 'lr: float = 3e-4' in printed and 'def ' not in printed
 
 
@@ -371,6 +372,15 @@ def test_exactly_matrices_and_embeddings_decay(arm):
         for p in group['params']
     }
     assert decay == {name: 0.3 if name in matrices else 0.0 for name in names.values()}
+
+
+@every_arm
+def test_with_decay_all_every_parameter_decays(arm):
+    config = Config(**{**TINY, **ARMS[arm]}, qk_norm=True, weight_decay=0.3, decay_all=True)
+    model = GPT(config.model_config(257))
+    groups = make_optimizer(model, config).param_groups
+    assert sum(len(group['params']) for group in groups) == len(list(model.parameters()))
+    assert {group['weight_decay'] for group in groups} == {0.3}
 
 
 @pytest.mark.parametrize(
@@ -520,6 +530,30 @@ def test_ckpt_best_is_the_best_of_those_saved(tmp_path):
         assert (best['val_loss'], best['iter_num']) == min(saved.items())
         assert best['iter_num'] < 16 and load(out / 'ckpt.pt')['best_val_loss'] == best['val_loss']
         os.replace(out / 'ckpt_prev.pt', out / 'ckpt.pt')
+
+
+def test_with_bos_every_window_starts_with_the_end_of_text_and_the_targets_stay_its_next_tokens(
+    tmp_path, dataset, monkeypatch
+):
+    seen = []
+    forward = GPT.forward
+
+    def watched(model, idx, targets=None):
+        seen.append((idx, targets))
+        return forward(model, idx, targets)
+
+    monkeypatch.setattr(GPT, 'forward', watched)
+    out = run(dataset, tmp_path / 'out', bos=True, max_iters=2)
+    assert load(out / 'ckpt.pt')['config']['bos'] is True
+    measure.main([f'--ckpt={out}', '--sequences=4', '--device=cpu'])
+    assert any(targets is None for _, targets in seen)  # the short measurement, and measure.py
+    for idx, targets in seen:
+        assert (idx[:, 0] == 256).all()
+        assert targets is None or torch.equal(idx[:, 1:], targets[:, :-1])
+    plain = data.loader.Tokens(dataset, 'val', 16, 257)
+    shifted = data.loader.Tokens(dataset, 'val', 16, 257, first_token=256)
+    starts = plain.fixed_starts(3)
+    assert torch.equal(shifted.windows(starts)[1], plain.windows(starts)[0])
 
 
 # ---- One run, however it is cut up
