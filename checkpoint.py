@@ -3,31 +3,37 @@ The folder of a run, out/<run>/: its checkpoints and its log, written whole or n
 """
 
 import json
+import tempfile
 import zipfile
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from data.loader import Tokens, UserError, dataset_folder, read_meta
+from data.loader import Tokens, UserError, dataset_folder, encoding, read_meta
 from model import GPT, GPTConfig
+
+ROOM_FOR_REPORTS = (
+    2**21
+)  # bytes that a report and its pictures may take: tried before a measurement, not after it
 
 
 class DamagedCheckpoint(UserError):
     """A file that is no checkpoint of ours, or not a whole one."""
 
 
-def load_checkpoint(path):
-    """Returns the dict that train.py saved in `path`; executes nothing that the file may carry, and notices a flipped bit."""
+def load_checkpoint(path, weights=True):
+    """Returns the dict that train.py saved in `path`. Executes nothing that the file may carry, and notices a flipped bit.
+
+    weights: False leaves the tensors on disk and returns the rest, without looking for flipped bits.
+    Raises UserError where there is no such file and DamagedCheckpoint where it is not a whole checkpoint of this model.py."""
     try:
-        with open(
-            path, 'rb'
-        ) as file:  # opened once: a run that is writing its next checkpoint does not change what is read here
-            if zipfile.ZipFile(file).testzip():
-                raise ValueError('a checksum is wrong')
-            file.seek(0)
-            checkpoint = torch.load(file, map_location='cpu', weights_only=True)
+        if weights:
+            checkpoint = read_whole(path)
+        else:
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except FileNotFoundError:
         raise UserError(
             f'there is no checkpoint {path}: train one with python train.py config/<arm>_<scale>.py'
@@ -45,15 +51,25 @@ def load_checkpoint(path):
             f'{path} was not written by this train.py: model, model_args, iter_num or config is missing from it'
         )
     try:
-        size = {
-            key: checkpoint['model_args'][key]
-            for key in ('residual', 'vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd')
-        }
-        checkpoint['model_args'] = asdict(GPTConfig(**{**checkpoint['model_args'], **size}))
+        sizes = ('residual', 'vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd')
+        required = {key: checkpoint['model_args'][key] for key in sizes}
+        checkpoint['model_args'] = asdict(GPTConfig(**{**checkpoint['model_args'], **required}))
         checkpoint['config']['dataset'] + ''  # is text
     except (UserError, TypeError, KeyError) as error:
         raise DamagedCheckpoint(f'{path} holds another model than this model.py builds: {error}') from None
+    if not weights:
+        checkpoint = {key: value for key, value in checkpoint.items() if key not in ('model', 'optimizer')}
     return checkpoint
+
+
+def read_whole(path):
+    """Returns what torch.load makes of a file whose checksums are all right. The file is opened once: a run that is writing
+    its next checkpoint does not change what is read here."""
+    with open(path, 'rb') as file:
+        if zipfile.ZipFile(file).testzip():
+            raise ValueError('a checksum is wrong')
+        file.seek(0)
+        return torch.load(file, map_location='cpu', weights_only=True)
 
 
 def build_model(checkpoint, path, **overrides):
@@ -87,30 +103,6 @@ def writing(path, needs=''):
         ) from None
 
 
-def find_checkpoints(paths):
-    """A file is itself; a folder is its newest checkpoint or, if it holds none, that of every run below it."""
-
-    def newest(folder):
-        return next((folder / name for name in ('ckpt.pt', 'ckpt_prev.pt') if (folder / name).exists()), None)
-
-    found = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            below = (
-                [newest(path)]
-                if newest(path)
-                else [newest(f) for f in sorted(path.rglob('*')) if f.is_dir() and newest(f)]
-            )
-            if not below:
-                raise UserError(
-                    f'there is no ckpt.pt in {path} or below it: train a run with --out_dir={path}/<run>'
-                )
-            found += below
-        else:
-            found.append(path)
-    return found
-
-
 def read_log(path):
     """Returns the lines of a log.jsonl, or [] where there is none; a last line that is not whole is left out."""
     try:
@@ -126,52 +118,211 @@ def read_log(path):
         ) from None
 
 
-def open_runs(args):
-    """Returns {name: (path, checkpoint, tokens, tokenizer)} of all that --ckpt names. Refuses what would compare apples with pears:
-    runs whose data are not the same, or not those that they were trained on."""
-    paths = {path.resolve(): path for path in find_checkpoints(args.ckpt)}
+def add_run_arguments(parser, sequences, writes):
+    """Declares the arguments of every program that reads runs; open_runs and check_run_arguments know them.
+
+    sequences: the default of --sequences, or None for a program that has no such argument.
+    writes: what the program writes, as its help says it: 'measure.json and figures'."""
+    parser.add_argument(
+        '--ckpt',
+        nargs='+',
+        required=True,
+        help='checkpoints, folders of runs, folders above them, or hf:<name>[@<revision>] of a pretrained model',
+    )
+    parser.add_argument('--data', help="dataset, a name below data/ or a path (default: the run's own)")
+    parser.add_argument(
+        '--text',
+        nargs='+',
+        type=Path,
+        help="text files to use in the place of a dataset, in the model's own tokenizer",
+    )
+    if sequences:
+        parser.add_argument(
+            '--sequences',
+            type=int,
+            default=sequences,
+            help=f'how many windows of the data (default {sequences})',
+        )
+    parser.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
+    parser.add_argument('--out', type=Path, help=f"folder for {writes} (default: the run's own)")
+    parser.add_argument(
+        '--seed',
+        type=int,
+        default=0,
+        help='of all that is drawn (default 0; the windows are then those of training)',
+    )
+    parser.add_argument(
+        '--force',
+        action='store_true',
+        help='go on although data differ between runs, or from those of the training',
+    )
+
+
+def check_run_arguments(args, **least):
+    """Says what is wrong with shared arguments, and puts cpu or cuda in the place of --device=auto.
+
+    least: the smallest allowed value of each whole-number argument: sequences=1."""
+    for name, smallest in least.items():
+        value = getattr(args, name)
+        if value < smallest:
+            raise UserError(f'--{name} is {value}: expected at least {smallest}')
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f'--seed is {args.seed}: expected a whole number from 0 to 2⁶³ − 1')
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        raise UserError('--device=cuda, but PyTorch sees no GPU: use --device=cpu')
+    if args.device == 'auto':
+        args.device = 'cuda' if torch.cuda.is_available() else 'cpu'
+
+
+@dataclass
+class OpenRun:
+    """One run that is open for reading: a model, the text that it is asked about, and where answers go."""
+
+    name: str  # as tables show it
+    path: Path  # of the checkpoint
+    model: torch.nn.Module  # on args.device, in eval mode, float32
+    tokens: object  # has windows(starts), fixed_starts(count, seed), block_size and vocab_size
+    meta: dict  # of the data: tokenizer, eot, …
+    data: dict  # what reports say of the data: name and split
+    iter_num: int
+    model_args: dict  # the keys of GPTConfig
+    out: Path  # the folder for output
+    suffix: str  # what the names of output files end in: '_0' for ckpt_0.pt, '' for the newest checkpoint
+
+    @cached_property
+    def encoding(self):
+        """The tokenizer: decode(ids) returns text. Raises UserError where its files are not at hand."""
+        return encoding(self.meta['tokenizer'])
+
+    def say_token(self, token):
+        """Returns a token as Python would quote it, or its number where the tokenizer is not at hand."""
+        try:
+            return repr(self.encoding.decode([token]))
+        except UserError:
+            return f'token {token}'
+
+    def close(self):
+        """Lets go of the weights, so that the next run does not meet them in memory."""
+        self.model = None
+        self.tokens.close()
+
+
+def newest_checkpoint(folder):
+    """Returns the newest checkpoint of a run's folder, or None where there is none."""
+    found = (folder / name for name in ('ckpt.pt', 'ckpt_prev.pt'))
+    return next((path for path in found if path.exists()), None)
+
+
+def find_checkpoints(paths):
+    """Returns the checkpoints that these paths name. A file is itself; a folder is its newest checkpoint or,
+    if it holds none, the newest of every run below it."""
+    found = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            found.append(path)
+            continue
+        newest = newest_checkpoint(path)
+        folders = [path] if newest else sorted(folder for folder in path.rglob('*') if folder.is_dir())
+        below = [newest_checkpoint(folder) for folder in folders]
+        if not any(below):
+            raise UserError(
+                f'there is no ckpt.pt in {path} or below it: train a run with --out_dir={path}/<run>'
+            )
+        found += [checkpoint for checkpoint in below if checkpoint]
+    return found
+
+
+def is_pretrained(name):
+    """Does --ckpt name a model of Hugging Face: hf:<name>, or a local folder of save_pretrained?"""
+    return str(name).startswith('hf:') or (
+        Path(name, 'config.json').exists() and not Path(name, 'ckpt.pt').exists()
+    )
+
+
+def distinct_names(paths):
+    """Returns a name for every checkpoint: that of its folder, and the folder above it where that alone does not tell them apart."""
     names = [path.parent.name for path in paths]
     if len(set(zip(names, (path.stem for path in paths)))) < len(paths):
         names = ['_'.join(path.parent.parts[-2:]) for path in paths]
-    runs, data = {}, set()
-    for path, name in zip(paths.values(), names):
-        checkpoint = load_checkpoint(path)
-        checkpoint.pop('optimizer', None)  # two thirds of a checkpoint, and all runs are held at once
-        folder, model_args = (
-            dataset_folder(args.data or checkpoint['config']['dataset']),
-            checkpoint['model_args'],
-        )
-        meta = read_meta(folder)
-        first_token = meta['eot'] if checkpoint['config'].get('bos') else None
-        tokens = Tokens(folder, args.split, model_args['block_size'], meta['vocab_size'], first_token)
-        if meta['vocab_size'] != model_args['vocab_size']:
-            raise UserError(
-                f'{folder} has a vocabulary of {meta["vocab_size"]}, {path} one of {model_args["vocab_size"]}: name its data with --data'
-            )
-        if args.topk > (size := model_args['block_size'] * model_args['n_embd']):
-            raise UserError(
-                f'the {args.topk} largest magnitudes are asked for, but a sequence of {path} has {size}: ask for fewer'
-            )
-        sha256 = meta.get('sha256')
-        if not args.data and not args.force and checkpoint.get('data_sha256') not in (None, sha256):
-            raise UserError(
-                f'{folder} is not the data that {path} was trained on (sha256 differs), so its validation text may have been trained on: '
-                'make it as it was, or add --force'
-            )
-        data.add(json.dumps(sha256, sort_keys=True))
-        runs[name + path.stem.removeprefix('ckpt')] = path, checkpoint, tokens, meta['tokenizer']
-    if len(data) > 1 and not args.force:
+    return [name + path.stem.removeprefix('ckpt') for name, path in zip(names, paths)]
+
+
+def run_data(args, path, header, split):
+    """Returns the folder, the meta.json and the Tokens that a run is to be read on. header: its checkpoint without weights.
+    Raises UserError where the model cannot read the data, or was trained on others of that name."""
+    model_args = header['model_args']
+    folder = dataset_folder(args.data or header['config']['dataset'])
+    meta = read_meta(folder)
+    first_token = meta['eot'] if header['config'].get('bos') else None
+    try:
+        tokens = Tokens(folder, split, model_args['block_size'], meta['vocab_size'], first_token)
+    except UserError as error:
+        raise UserError(f'{error}; or name other data with --data') from None
+    if meta['vocab_size'] != model_args['vocab_size']:
         raise UserError(
-            f'{", ".join(runs)} have different data (sha256): name one set with --data, or add --force'
+            f'{folder} has a vocabulary of {meta["vocab_size"]}, {path} one of {model_args["vocab_size"]}: '
+            'name its data with --data'
         )
-    return runs
+    trained_on = header.get('data_sha256')
+    if not (args.data or args.force) and trained_on not in (None, meta.get('sha256')):
+        raise UserError(
+            f'{folder} is not the data that {path} was trained on (sha256 differs), so its validation text may '
+            'have been trained on: make it as it was, or add --force'
+        )
+    return folder, meta, tokens
 
 
-def open_output(args, name, path):
-    """Makes the folder that a run's report goes to: --out/<name>, or the checkpoint's own. Returns it and what its files' names end in: _0 for ckpt_0.pt."""
+def output_folder(args, name, path):
+    """Makes the folder that a run's reports go to, --out/<name> or the checkpoint's own, and tries to write in it.
+    Returns it and the suffix of its files."""
     out, suffix = (args.out / name, '') if args.out else (path.parent, path.stem.removeprefix('ckpt'))
     try:
         out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out) as trial:
+            trial.write(bytes(ROOM_FOR_REPORTS))
     except OSError as error:
         raise UserError(f'cannot write to {out} ({error.strerror}): name another folder with --out') from None
     return out, suffix
+
+
+def open_runs(args, split='val'):
+    """Yields an OpenRun for every checkpoint that --ckpt names, one in memory at a time.
+
+    args: as add_run_arguments declares and check_run_arguments checks them. Raises UserError, before the first set of weights
+    is loaded, where runs have different data or data that they were not trained on: that would compare apples with pears."""
+    pretrained_names = [name for name in args.ckpt if is_pretrained(name)]
+    own = find_checkpoints(name for name in args.ckpt if name not in pretrained_names)
+    paths = {path.resolve(): path for path in own}
+    opened, sha256 = [], set()
+    for resolved, name in zip(paths, distinct_names(list(paths))):
+        header = load_checkpoint(paths[resolved], weights=False)
+        folder, meta, tokens = run_data(args, paths[resolved], header, split)
+        sha256.add(json.dumps(meta.get('sha256'), sort_keys=True))
+        opened.append((name, paths[resolved], folder, meta, tokens))
+    if len(sha256) > 1 and not args.force:
+        names = ', '.join(name for name, *_ in opened)
+        raise UserError(f'{names} have different data (sha256): name one set with --data, or add --force')
+    for name, path, folder, meta, tokens in opened:
+        checkpoint = load_checkpoint(path)
+        out, suffix = output_folder(args, name, path)
+        run = OpenRun(
+            name,
+            path,
+            build_model(checkpoint, path, bf16_streams=False).to(args.device),
+            tokens,
+            meta,
+            {'name': folder.name, 'split': split},
+            checkpoint['iter_num'],
+            checkpoint['model_args'],
+            out,
+            suffix,
+        )
+        del checkpoint
+        yield run
+        run.close()
+    for name in pretrained_names:
+        import pretrained
+
+        run = pretrained.open_run(name, args)
+        yield run
+        run.close()

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from checkpoint import build_model, open_output, open_runs, read_log
-from data.loader import UserError, atomic_write, encoding, philox
+from checkpoint import add_run_arguments, check_run_arguments, open_runs, read_log
+from data.loader import UserError, atomic_write, philox
 from figures import (
     COMPARED,
     HEADLINES,
@@ -38,7 +38,6 @@ from figures import (
     draw_series,
     short,
 )
-from model import RESIDUALS
 
 REPLICATES = 200  # of the bootstrap
 SINK_THRESHOLD = (
@@ -122,10 +121,12 @@ class Statistics:
         self.topk, self.replicates, self.seed = topk, replicates, seed
         self.sequences = 0  # how many have been added
         self.sums = {}  # name → (R, …) float64; every one is additive over sequences
-        self.top = {}  # (stream, sublayer) → value, sequence and index of the largest magnitudes so far
+        self.top = {}  # (stream, sublayer) → value, sequence, position, token and dimension of the largest so far
 
-    def begin(self, count, device):
-        """Says that the next calls of add and add_stream are about the next `count` sequences."""
+    def begin(self, count, device, tokens=None):
+        """Says that the next calls of add and add_stream are about the next `count` sequences. tokens: theirs, (count, T), if the
+        largest magnitudes are to be listed with their token."""
+        self.tokens = tokens
         self.first, self.sequences = self.sequences, self.sequences + count
         weights = bootstrap_weights(self.seed, range(self.first, self.sequences), self.replicates)
         self.weights = torch.from_numpy(weights).to(device)
@@ -144,13 +145,18 @@ class Statistics:
         self.add((stream, s, 'values'), torch.stack(list(values.values()), 1))
         self.names = list(values)
         sequence = torch.arange(self.first, self.sequences, device=x.device)[:, None].expand_as(index)
-        entries = [t.flatten() for t in (top, sequence, index)]
+        position, dim = index // x.shape[2], index % x.shape[2]
+        token = torch.full_like(index, -1) if self.tokens is None else self.tokens.gather(1, position)
+        entries = [t.flatten() for t in (top, sequence, position, token, dim)]
         if (stream, s) in self.top:
             entries = [torch.cat(pair) for pair in zip(self.top[stream, s], entries)]
-        order = entries[0].argsort(descending=True, stable=True)[
-            : self.topk
-        ]  # stable: among ties the earlier sequence stays first
+        # stable: among ties the earlier sequence stays first
+        order = entries[0].argsort(descending=True, stable=True)[: self.topk]
         self.top[stream, s] = [t[order] for t in entries]
+
+    def streams(self):
+        """Returns the names of the streams that have been added, in the order in which they came."""
+        return list(dict.fromkeys(stream for stream, _ in self.top))
 
     def mean(self, name):
         """Returns (R, …) float64 numpy: the weighted mean over sequences in each replicate."""
@@ -221,19 +227,23 @@ def attention_sink(attention, q, k):
 
 
 @contextmanager
-def hooked(model, on_streams, on_qkv=None):
-    """Calls on_streams(s, streams by name) after every sublayer of the uncompiled model and, if given, on_qkv(layer, attention, qkv)."""
+def hooked(model, on_streams, on_sinks=None):
+    """While it lasts, calls functions on what passes through an uncompiled model.
+
+    on_streams(s, streams) is called after every sublayer s with {name: (B, T, d)}; streams that an operator derives from its own
+    are among them. What it returns, a dict of streams or None, takes the place of those streams.
+    on_sinks(layer, sinks) is called in every attention with the mean probability of position 0, (B, n_head).
+    A model that has a method of this name is asked instead: pretrained ones do."""
+    if hasattr(model, 'hooked'):
+        with model.hooked(on_streams, on_sinks):
+            yield
+        return
     handles = []
     for s, sublayer in enumerate(model.sublayers):
-        handles.append(sublayer.register_forward_hook(lambda _, __, output, s=s: on_streams(s, output[0])))
-        if on_qkv and sublayer.kind == 'attn':
-            handles.append(
-                sublayer.function.qkv.register_forward_hook(
-                    lambda _, __, output, layer=s // 2, attention=sublayer.function: on_qkv(
-                        layer, attention, output
-                    )
-                )
-            )
+        handles.append(sublayer.register_forward_hook(stream_hook(s, on_streams)))
+        if on_sinks and sublayer.kind == 'attn':
+            attention = sublayer.function
+            handles.append(attention.qkv.register_forward_hook(sink_hook(s // 2, attention, on_sinks)))
     try:
         yield
     finally:
@@ -241,143 +251,165 @@ def hooked(model, on_streams, on_qkv=None):
             handle.remove()
 
 
+def stream_hook(s, on_streams):
+    """Returns the forward hook of sublayer s, whose output is its streams by name and its commit gate."""
+
+    def hook(sublayer, inputs, output):
+        streams, commit_gate = output
+        derived = sublayer.residual.derived(streams) if hasattr(sublayer.residual, 'derived') else {}
+        replaced = on_streams(s, {**streams, **derived})
+        if replaced is None:
+            return None
+        return {name: replaced.get(name, x) for name, x in streams.items()}, commit_gate
+
+    return hook
+
+
+def sink_hook(layer, attention, on_sinks):
+    """Returns the forward hook of an attention's qkv map."""
+
+    def hook(qkv, inputs, output):
+        q, k, _ = attention.heads(*output.chunk(3, -1))
+        on_sinks(layer, attention_sink(attention, q, k))
+
+    return hook
+
+
+def window_batches(tokens, starts, batch_size):
+    """Yields inputs and targets, each (B, T), of the windows of `tokens` at `starts`."""
+    for i in range(0, len(starts), batch_size):
+        yield tokens.windows(starts[i : i + batch_size])
+
+
 @torch.no_grad()
-def collect(model, tokens, starts, batch_size, statistics, extras=False, progress=lambda done: None):
-    """Adds the windows of `tokens` at `starts` to `statistics`. extras: also the loss and the attention sink."""
+def collect(model, batches, statistics, extras=False, progress=lambda done: None):
+    """Adds batches of (inputs, targets), each (B, T) token ids, to `statistics`, and returns it. extras: also the loss and the attention sink."""
 
     def on_streams(s, streams):
         for name, x in streams.items():
             statistics.add_stream(name, s, x)
 
-    def on_qkv(layer, attention, qkv):
-        q, k, _ = attention.heads(*qkv.chunk(3, -1))
-        statistics.add(('sink', layer), attention_sink(attention, q, k))
+    def on_sinks(layer, sinks):
+        statistics.add(('sink', layer), sinks)
 
     device = next(model.parameters()).device
-    with hooked(model, on_streams, on_qkv if extras else None):
-        for i in range(0, len(starts), batch_size):
-            idx, targets = (t.to(device) for t in tokens.windows(starts[i : i + batch_size]))
-            statistics.begin(len(idx), device)
+    with hooked(model, on_streams, on_sinks if extras else None):
+        for idx, targets in batches:
+            idx, targets = idx.to(device), targets.to(device)
+            statistics.begin(len(idx), device, idx)
             logits = model(idx)
             if extras:
-                losses = [
-                    F.cross_entropy(*pair, reduction='none').mean(dtype=torch.float64)
-                    for pair in zip(logits, targets)
-                ]  # one by one: it makes a copy of the logits
-                statistics.add('loss', torch.stack(losses))
-            progress(i + len(idx))
+                statistics.add('loss', sequence_losses(logits, targets))
+            progress(statistics.sequences)
     return statistics
 
 
-def training_record(statistics, streams):
+def sequence_losses(logits, targets):
+    """logits: (B, T, V); targets: (B, T). Returns (B,) float64: the mean cross-entropy of each sequence, in nats per token.
+    One sequence at a time, since it takes a copy of the logits."""
+    losses = [
+        F.cross_entropy(*pair, reduction='none').mean(dtype=torch.float64) for pair in zip(logits, targets)
+    ]
+    return torch.stack(losses)
+
+
+def training_record(statistics):
     """Returns what a line of log.jsonl says of each stream: a list over the sublayers for each quantity, a number for the stream's own."""
 
     def plain(v):
         return [plain(w) for w in v] if v.ndim else int(v) if v.dtype.kind == 'i' else number(v)
 
     return {
-        stream: {name: plain(v[0]) for name, v in statistics.stream(stream).items()} for stream in streams
+        stream: {name: plain(v[0]) for name, v in statistics.stream(stream).items()}
+        for stream in statistics.streams()
     }
 
 
-def stream_report(statistics, stream, model, tokens, starts):
-    """Returns the entry of one stream in measure.json."""
-    q, d = statistics.stream(stream), model.config.n_embd
-    sublayers = []
-    for s, sublayer in enumerate(model.sublayers):
-        top = [
-            {
-                'value': number(value),
-                'sequence': n,
-                'position': i // d,
-                'token': int(tokens.windows(starts[[n]])[0][0, i // d]),
-                'dim': i % d,
-            }
-            for value, n, i in zip(*(t.tolist() for t in statistics.top[stream, s]))
-        ]
-        sublayers.append(
-            {
-                'sublayer': s,
-                'kind': sublayer.kind,
-                'top': top,
-                'top_mean': [number(q[f'top{i + 1}'][0, s]) for i in range(statistics.topk)],
-                'largest_dim': int(q['largest_dim'][0, s]),
-                'largest_start_dim': int(q['largest_start_dim'][0, s]),
-                **{key: number(q[key][0, s]) for key in HEADLINES if q[key].ndim == 2},
-            }
-        )
+def stream_report(statistics, stream, kinds, decoded=False):
+    """Returns the entry of one stream in measure.json. kinds: of the sublayers, 'attn', 'mlp' or 'block'; decoded: is it what the head reads?"""
+    q = statistics.stream(stream)
     dominant, start = int(q['dominant_dim'][0]), int(q['start_dim'][0])
     return {
-        'decoded': stream == RESIDUALS[model.config.residual].decoded,
+        'decoded': decoded,
         'dominant_dim': dominant,
         'start_dim': start,
         'same_dim': dominant == start,
         'peak_sublayer': int(q['magnitude_at_dominant'][0].argmax()),
         **{key: headline(q[key], q.get(QUOTED_AT.get(key, key))) for key in HEADLINES},
-        'sublayers': sublayers,
+        'sublayers': [sublayer_report(statistics, stream, s, kind, q) for s, kind in enumerate(kinds)],
     }
 
 
-def measure(checkpoint, path, tokens, args):
-    """Measures one checkpoint on `tokens`. Returns what measure.json holds, and {stream: (T, d)}: mean magnitudes at the stream's peak."""
-    model = build_model(checkpoint, path, bf16_streams=False).to(args.device)
+def sublayer_report(statistics, stream, s, kind, q):
+    """Returns what measure.json says of a stream after sublayer s. q: statistics.stream(stream)."""
+    columns = (column.tolist() for column in statistics.top[stream, s])
+    return {
+        'sublayer': s,
+        'kind': kind,
+        'top': [
+            {'value': number(value), 'sequence': sequence, 'position': position, 'token': token, 'dim': dim}
+            for value, sequence, position, token, dim in zip(*columns)
+        ],
+        'top_mean': [number(q[f'top{i + 1}'][0, s]) for i in range(statistics.topk)],
+        'largest_dim': int(q['largest_dim'][0, s]),
+        'largest_start_dim': int(q['largest_start_dim'][0, s]),
+        **{key: number(q[key][0, s]) for key in HEADLINES if q[key].ndim == 2},
+    }
+
+
+def measure(run, args):
+    """Measures an open run. Returns what measure.json holds, and {stream: (T, d)}: mean magnitudes at the stream's peak."""
+    model, tokens = run.model, run.tokens
+    if args.topk > (size := tokens.block_size * model.n_embd):
+        raise UserError(
+            f'the {args.topk} largest magnitudes are asked for, but a sequence of {run.path} has {size}: ask for fewer'
+        )
     starts = tokens.fixed_starts(args.sequences, args.seed)
     batch_size = at_once(args.device, tokens.block_size)
 
     def progress(done):
         if sys.stderr.isatty():
-            print(
-                f'\r{path}: {done} of {len(starts)} sequences',
-                end='' if done < len(starts) else '\r\033[K',
-                file=sys.stderr,
-                flush=True,
-            )
+            end = '' if done < len(starts) else '\r\033[K'
+            print(f'\r{run.path}: {done} of {len(starts)} sequences', end=end, file=sys.stderr, flush=True)
 
-    statistics = collect(
-        model,
-        tokens,
-        starts,
-        batch_size,
-        Statistics(args.topk, REPLICATES, args.seed),
-        extras=True,
-        progress=progress,
-    )
+    statistics = Statistics(args.topk, REPLICATES, args.seed)
+    collect(model, window_batches(tokens, starts, batch_size), statistics, extras=True, progress=progress)
+    kinds = [sublayer.kind for sublayer in model.sublayers]
     streams = {
-        name: stream_report(statistics, name, model, tokens, starts)
-        for name in RESIDUALS[model.config.residual].streams
+        name: stream_report(statistics, name, kinds, name == model.decoded) for name in statistics.streams()
     }
     loss = headline(statistics.mean('loss'))
-    sink = np.stack(
-        [statistics.mean(('sink', layer)) for layer in range(model.config.n_layer)], 1
-    )  # (R, n_layer, n_head)
     report = {
         'schema': 1,
-        'checkpoint': str(path),
-        'iter_num': checkpoint['iter_num'],
+        'checkpoint': str(run.path),
+        'iter_num': run.iter_num,
         'val_loss': loss['value'],
         'loss': loss,
-        'model': {**checkpoint['model_args'], 'parameters': model.num_params()},
+        'model': {**run.model_args, 'parameters': sum(p.numel() for p in model.parameters())},
         'data': {
-            'name': tokens.path.parent.name,
-            'split': args.split,
+            **run.data,
             'sequences': len(starts),
             'block_size': tokens.block_size,
             'tokens': len(starts) * tokens.block_size,
             'seed': args.seed,
         },
         'streams': streams,
-        'attention_sink': {
-            'heads': [[number(v) for v in layer] for layer in sink[0]],
-            'mean': headline(sink.mean((1, 2))),
-            'threshold': SINK_THRESHOLD,
-            'fraction_of_heads': headline((sink > SINK_THRESHOLD).mean((1, 2))),
-        },
+        'attention_sink': sink_report(statistics),
     }
-    return report, landscape(
-        model,
-        tokens.windows(starts[:8])[0].to(args.device),
-        {name: s['peak_sublayer'] for name, s in streams.items()},
-    )
+    idx = tokens.windows(starts[:8])[0].to(args.device)
+    return report, landscape(model, idx, {name: s['peak_sublayer'] for name, s in streams.items()})
+
+
+def sink_report(statistics):
+    """Returns what measure.json says of attention sinks."""
+    layers = [name[1] for name in statistics.sums if name[0] == 'sink']
+    sink = np.stack([statistics.mean(('sink', layer)) for layer in layers], 1)  # (R, n_layer, n_head)
+    return {
+        'heads': [[number(v) for v in layer] for layer in sink[0]],
+        'mean': headline(sink.mean((1, 2))),
+        'threshold': SINK_THRESHOLD,
+        'fraction_of_heads': headline((sink > SINK_THRESHOLD).mean((1, 2))),
+    }
 
 
 @torch.no_grad()
@@ -399,7 +431,7 @@ def landscape(model, idx, sublayers):
     return caught
 
 
-def print_run(name, report, tokenizer):
+def print_run(name, report, say_token):
     """One line a quantity: for each stream its headline with the sublayer that it belongs to, and its value at the last sublayer."""
     data, streams, sink = report['data'], report['streams'], report['attention_sink']
     print(
@@ -428,16 +460,8 @@ def print_run(name, report, tokenizer):
         top = s['sublayers'][s['peak_sublayer']]['top'][0]
         print(
             f'{stream}: dominant dimension {s["dominant_dim"]}, start dimension {s["start_dim"]}; after sublayer {s["peak_sublayer"]} at most '
-            f'{short(top["value"], 4)}: dimension {top["dim"]}, position {top["position"]}, {token_text(tokenizer, top["token"])}'
+            f'{short(top["value"], 4)}: dimension {top["dim"]}, position {top["position"]}, {say_token(top["token"])}'
         )
-
-
-def token_text(tokenizer, token):
-    """The token as Python would quote it, or its id where the tokenizer is not at hand."""
-    try:
-        return repr(encoding(tokenizer).decode([token]))
-    except UserError:
-        return f'token {token}'
 
 
 def print_comparison(reports):
@@ -465,67 +489,36 @@ def parse_arguments(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        '--ckpt', nargs='+', required=True, help='checkpoints, folders of runs, or folders above them'
-    )
-    parser.add_argument('--sequences', type=int, default=256, help='windows to measure on (default 256)')
+    add_run_arguments(parser, sequences=256, writes='measure.json and figures')
     parser.add_argument(
         '--topk', type=int, default=5, help='how many of the largest magnitudes to list (default 5)'
     )
     parser.add_argument('--split', choices=('val', 'train'), default='val')
-    parser.add_argument(
-        '--data', help="dataset to measure on, a name below data/ or a path (default: the run's own)"
-    )
-    parser.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
-    parser.add_argument(
-        '--out', type=Path, help="folder for measure.json and figures (default: the run's own)"
-    )
-    parser.add_argument(
-        '--seed', type=int, default=0, help='of the windows and of the bootstrap (default 0, as in training)'
-    )
-    parser.add_argument('--force', action='store_true', help='compare runs although their data differ')
     args = parser.parse_args(argv)
-    for name in ('sequences', 'topk'):
-        if getattr(args, name) < 1:
-            raise UserError(f'--{name} is {getattr(args, name)}: expected at least 1')
-    check_seed(args)
-    choose_device(args)
+    check_run_arguments(args, sequences=1, topk=1)
     return args
-
-
-def check_seed(args):
-    if not 0 <= args.seed < 2**63:
-        raise UserError(f'--seed is {args.seed}: expected a whole number from 0 to 2⁶³ − 1')
-
-
-def choose_device(args):
-    """Puts cpu or cuda in the place of --device=auto."""
-    if args.device == 'cuda' and not torch.cuda.is_available():
-        raise UserError('--device=cuda, but PyTorch sees no GPU: use --device=cpu')
-    args.device = args.device if args.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
 
 
 def run(argv):
     args = parse_arguments(argv)
-    runs, reports = open_runs(args), {}
-    for name, (path, checkpoint, tokens, tokenizer) in runs.items():
-        out, suffix = open_output(args, name, path)
-        reports[name], landscapes = measure(checkpoint, path, tokens, args)
+    reports, folders = {}, []
+    for run in open_runs(args, args.split):
+        out, suffix, name = run.out, run.suffix, run.name
+        reports[name], landscapes = measure(run, args)
+        folders.append(run.path.resolve().parent.parent)
         with atomic_write(out / f'measure{suffix}.json', 'w') as file:
             json.dump(reports[name], file, indent=1)
         draw_profile(name, reports[name], out / f'profile{suffix}.png')
         draw_landscape(name, reports[name], landscapes, out / f'landscape{suffix}.png')
-        if log := path.stem == 'ckpt' and read_log(path.parent / 'log.jsonl'):
+        if log := run.path.stem == 'ckpt' and read_log(run.path.parent / 'log.jsonl'):
             draw_series(name, log, out / 'series.png')
-        print_run(name, reports[name], tokenizer)
+        print_run(name, reports[name], run.say_token)
         print(
             f'written: {os.path.relpath(out)}/measure{suffix}.json, profile{suffix}.png, landscape{suffix}.png'
             + ', series.png' * bool(log)
         )
     if len(reports) > 1:
-        out = args.out or Path(
-            os.path.commonpath([path.resolve().parent.parent for path, *_ in runs.values()])
-        )
+        out = args.out or Path(os.path.commonpath(folders))
         draw_comparison(print_comparison(reports), out / 'comparison.png')
         print(f'written: {os.path.relpath(out)}/comparison.png')
 

@@ -303,6 +303,28 @@ class GPT(nn.Module):
         self.sublayers = nn.ModuleList(Sublayer(config, s, function) for s, function in enumerate(functions))
         self.norm = RMSNorm(config.n_embd)
 
+    @property
+    def stream_names(self):
+        return RESIDUALS[self.config.residual].streams
+
+    @property
+    def decoded(self):
+        """The name of the stream that the head reads."""
+        return RESIDUALS[self.config.residual].decoded
+
+    @property
+    def n_embd(self):
+        return self.config.n_embd
+
+    @property
+    def n_head(self):
+        return self.config.n_head
+
+    @property
+    def decoder_input_module(self):
+        """The last norm: a forward pre-hook on it sees, and may replace, what the head reads."""
+        return self.norm
+
     def start(self, idx):
         """idx: (B, T). Returns the streams before the first sublayer, by name."""
         x = self.tok_emb(idx) + self.pos_emb.weight[: idx.shape[1]]

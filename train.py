@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_leaves
 
 from checkpoint import DamagedCheckpoint, build_model, load_checkpoint, read_log, writing
 from data.loader import Tokens, UserError, atomic_write, dataset_folder, read_meta
-from measure import Statistics, at_once, collect, training_record
+from measure import Statistics, at_once, collect, training_record, window_batches
 from model import GPT, RESIDUALS, GPTConfig, twin
 
 
@@ -502,18 +502,14 @@ class Run:
         """Returns the short measurement of every stream on the fixed windows, in the precision of training."""
         starts, statistics = self.fixed_starts['val'][:MEASURED_SEQUENCES], Statistics(topk=3)
         with self.autocast():
-            collect(
-                self.model,
-                self.tokens['val'],
-                starts[self.world.rank :: self.world.size],
-                at_once(self.world.device, self.config.block_size),
-                statistics,
-            )
+            mine = starts[self.world.rank :: self.world.size]
+            batch_size = at_once(self.world.device, self.config.block_size)
+            collect(self.model, window_batches(self.tokens['val'], mine, batch_size), statistics)
         if self.world.size > 1:
             parts = [None] * self.world.size
             dist.all_gather_object(parts, {name: total.cpu() for name, total in statistics.sums.items()})
             statistics.sums = {name: sum(part[name] for part in parts if part) for name in parts[0]}
-        return training_record(statistics, RESIDUALS[self.config.residual].streams)
+        return training_record(statistics)
 
     def evaluate(self):
         """Returns a line of log.jsonl but for the speed of training."""

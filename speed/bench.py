@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 from data.loader import Tokens, UserError, atomic_write
-from measure import REPLICATES, Statistics, at_once, collect
+from measure import REPLICATES, Statistics, at_once, collect, window_batches
 from train import Run, World, read_config
 
 SEQUENCES, BLOCK_SIZE, BATCHES = 64, 1024, 10_000  # of the loader; a window has a token more than its block
@@ -219,7 +219,8 @@ def bench_measure(args):
         batch = at_once(run.world.device, run.config.block_size)
 
         def measure(count=args.sequences):
-            collect(model, tokens, starts[:count], batch, Statistics(5, REPLICATES), extras=True)
+            batches = window_batches(tokens, starts[:count], batch)
+            collect(model, batches, Statistics(5, REPLICATES), extras=True)
 
         @torch.no_grad()
         def forward():

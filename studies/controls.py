@@ -27,8 +27,8 @@ import numpy as np
 import torch
 
 import measure
-from checkpoint import build_model
-from data.loader import UserError, atomic_write, dataset_folder, philox, read_meta
+from checkpoint import build_model, load_checkpoint, open_runs
+from data.loader import UserError, atomic_write, philox
 from figures import cell, short
 from measure import REPLICATES, Statistics, at_once, collect, headline, number, stream_report
 from model import RESIDUALS
@@ -172,15 +172,15 @@ def commit_report(model, tokens, starts, batch_size, dominant, start, peak):
     return report
 
 
-def controls(checkpoint, path, tokens, eot, args):
+def controls(run, args):
     """Returns what controls.json holds for one checkpoint."""
-    model = build_model(checkpoint, path, bf16_streams=False).to(args.device)
+    model, tokens, path, eot = run.model, run.tokens, run.path, run.meta['eot']
     operator, batch_size = RESIDUALS[model.config.residual], at_once(args.device, tokens.block_size)
     report = {
         'schema': 1,
         'checkpoint': str(path),
-        'iter_num': checkpoint['iter_num'],
-        'model': checkpoint['model_args'],
+        'iter_num': run.iter_num,
+        'model': run.model_args,
         'data': {
             'name': tokens.path.parent.name,
             'split': args.split,
@@ -197,11 +197,16 @@ def controls(checkpoint, path, tokens, eot, args):
             continue
         low = kind == 'anywhere_bfloat16'
         with torch.autocast(args.device, torch.bfloat16, enabled=low):
-            seen = build_model(checkpoint, path, bf16_streams=True).to(args.device) if low else model
-            statistics = collect(
-                seen, tokens, starts, batch_size, Statistics(1, REPLICATES, args.seed), extras=True
+            seen = (
+                build_model(load_checkpoint(path), path, bf16_streams=True).to(args.device) if low else model
             )
-        entries = {name: stream_report(statistics, name, model, tokens, starts) for name in operator.streams}
+            batches = window_batches(tokens, starts, batch_size)
+            statistics = collect(seen, batches, Statistics(1, REPLICATES, args.seed), extras=True)
+        kinds_of_sublayers = [sublayer.kind for sublayer in model.sublayers]
+        entries = {
+            name: stream_report(statistics, name, kinds_of_sublayers, name == model.decoded)
+            for name in operator.streams
+        }
         report['windows'][kind].update(
             loss=headline(statistics.mean('loss')),
             streams={
@@ -280,20 +285,11 @@ def run(argv):
     args = measure.parse_arguments(argv)
     if args.sequences < 2:
         raise UserError(f'--sequences is {args.sequences}: expected at least 2')
-    for name, (path, checkpoint, tokens, _) in measure.open_runs(args).items():
-        eot = read_meta(dataset_folder(args.data or checkpoint['config']['dataset']))['eot']
-        out = (
-            args.out / name if args.out else path.parent
-        ) / f'controls{"" if args.out else path.stem.removeprefix("ckpt")}.json'
-        report = controls(checkpoint, path, tokens, eot, args)
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(out, 'w') as file:
-                json.dump(report, file)
-        except OSError as error:
-            raise UserError(
-                f'cannot write {out} ({error.strerror}): name another folder with --out'
-            ) from None
+    for run in open_runs(args, args.split):
+        out, name = run.out / f'controls{run.suffix}.json', run.name
+        report = controls(run, args)
+        with atomic_write(out, 'w') as file:
+            json.dump(report, file)
         print_controls(name, report)
         print(f'written: {os.path.relpath(out)}')
 

@@ -43,26 +43,22 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, product
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from checkpoint import build_model, open_output, open_runs
+from checkpoint import add_run_arguments, check_run_arguments, open_runs
 from data.classes import CLASSES, classify, language_of, structure
-from data.loader import UserError, atomic_write, encoding, philox, read_meta
+from data.loader import UserError, atomic_write, encoding, philox
 from figures import figure, short
 from measure import (
     REPLICATES,
     Statistics,
     attention_sink,
     bootstrap_weights,
-    check_seed,
-    choose_device,
     command,
     headline,
-    hooked,
     number,
     topk_first,
 )
@@ -456,6 +452,23 @@ def label(tokens, starts, meta):
     }, kinds[:, :-1]
 
 
+@contextmanager
+def qkv_hooked(model, on_qkv):
+    """While it lasts, calls on_qkv(layer, attention, output of its qkv map)."""
+    attentions = [sublayer.function for sublayer in model.sublayers if sublayer.kind == 'attn']
+    handles = [
+        attend.qkv.register_forward_hook(
+            lambda _, __, output, layer=layer, attend=attend: on_qkv(layer, attend, output)
+        )
+        for layer, attend in enumerate(attentions)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @torch.no_grad()
 def attention(model, tokens, starts, batch_size, reference, edit, positions=()):
     """Returns the sink of every head under the edit, (n_layer, n_head), and {position: (2, n_layer, n_head)}: of what the position's value adds to later
@@ -477,7 +490,7 @@ def attention(model, tokens, starts, batch_size, reference, edit, positions=()):
     for i in range(0, len(starts), batch_size):
         idx = tokens.windows(starts[i : i + batch_size])[0].to(device)
         statistics.begin(len(idx), device)
-        with hooked(model, lambda *_: None, on_qkv), edited(model, edit, reference, range(i, i + len(idx))):
+        with qkv_hooked(model, on_qkv), edited(model, edit, reference, range(i, i + len(idx))):
             model(idx)
 
     def layers(key):
@@ -562,9 +575,9 @@ def continuations(model, prompts, seed, reference, few, coder):
     ]
 
 
-def intervene(checkpoint, path, tokens, meta, args):
+def intervene(run, args):
     """Returns what intervene.json holds, and of each stream the results that the figures show."""
-    model = build_model(checkpoint, path, bf16_streams=False).to(args.device)
+    model, path, tokens, meta = run.model, run.path, run.tokens, run.meta
     S, N, operator = len(model.sublayers), args.sequences, RESIDUALS[model.config.residual]
     streams = operator.streams if args.stream is None else (args.stream,)
     if not set(streams) <= set(operator.streams):
@@ -642,7 +655,7 @@ def intervene(checkpoint, path, tokens, meta, args):
     ]
     heads = sinks_and_constants(model, tokens, starts[:N], batch_size, reference, few)
     prompts = tokens.windows(starts[N:][:PROMPTS])[0][:, : min(64, tokens.block_size // 2)].to(args.device)
-    samples = continuations(model, prompts, args.seed, reference, few, encoding(meta['tokenizer']))
+    samples = continuations(model, prompts, args.seed, reference, few, run.encoding)
     before, evaluations = carry_out(results, N, 'interventions', labels)
     swept = max(N // 2, min(N, FEW))
     if sweep:
@@ -650,11 +663,10 @@ def intervene(checkpoint, path, tokens, meta, args):
     report = {
         'schema': 1,
         'checkpoint': str(path),
-        'iter_num': checkpoint['iter_num'],
-        'model': {**checkpoint['model_args'], 'parameters': model.num_params()},
+        'iter_num': run.iter_num,
+        'model': {**run.model_args, 'parameters': model.num_params()},
         'data': {
-            'name': tokens.path.parent.name,
-            'split': 'val',
+            **run.data,
             'sequences': N,
             'calibration': len(starts) - N,
             'sweep_sequences': swept,
@@ -949,9 +961,7 @@ def parse_arguments(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        '--ckpt', nargs='+', required=True, help='checkpoints, folders of runs, or folders above them'
-    )
+    add_run_arguments(parser, sequences=32, writes='intervene.json and figures')
     parser.add_argument('--stream', help="one of the model's streams (default: all of them)")
     parser.add_argument(
         '--sublayer',
@@ -960,36 +970,18 @@ def parse_arguments(argv):
     )
     parser.add_argument('--top', type=int, default=4, help='how many entries to change (default 4)')
     parser.add_argument('--how', choices=HOWS, default='all')
-    parser.add_argument('--sequences', type=int, default=32, help='windows to evaluate on (default 32)')
-    parser.add_argument(
-        '--data', help="dataset to evaluate on, a name below data/ or a path (default: the run's own)"
-    )
-    parser.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
-    parser.add_argument(
-        '--out', type=Path, help="folder for intervene.json and figures (default: the run's own)"
-    )
-    parser.add_argument(
-        '--seed', type=int, default=0, help='of windows, controls, bootstrap and continuations (default 0)'
-    )
-    parser.add_argument(
-        '--force', action='store_true', help='go on although the data are not those of the training'
-    )
     args = parser.parse_args(argv)
-    if args.top < 1 or args.sequences < 2:
-        raise UserError(f'--top is {args.top}, --sequences is {args.sequences}: expected at least 1 and 2')
     if args.sublayer not in ('auto', 'all') and not args.sublayer.isdecimal():
         raise UserError(f'--sublayer is {args.sublayer}: expected auto, all or a number')
-    check_seed(args)
-    choose_device(args)
-    args.split, args.topk = 'val', args.top
+    check_run_arguments(args, top=1, sequences=2)
     return args
 
 
 def run(argv):
     args = parse_arguments(argv)
-    for name, (path, checkpoint, tokens, _) in open_runs(args).items():
-        out, suffix = open_output(args, name, path)
-        report, figured = intervene(checkpoint, path, tokens, read_meta(tokens.path.parent), args)
+    for run in open_runs(args):
+        out, suffix, name = run.out, run.suffix, run.name
+        report, figured = intervene(run, args)
         with atomic_write(out / f'intervene{suffix}.json', 'w') as file:
             json.dump(report, file, separators=(',', ':'))
         print_report(name, report)

@@ -28,18 +28,16 @@ import argparse
 import json
 import math
 import os
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from checkpoint import build_model, open_output, open_runs
+from checkpoint import add_run_arguments, check_run_arguments, open_runs
 from data.classes import CLASSES, classify, language_of, structure
-from data.loader import UserError, atomic_write, encoding, philox, read_meta
+from data.loader import UserError, atomic_write, philox
 from figures import figure
-from measure import Statistics, at_once, choose_device, collect, command, hooked, number
-from model import RESIDUALS
+from measure import Statistics, at_once, collect, command, hooked, number, window_batches
 
 HIDDEN, STEPS = 32, 200  # units of the hidden layer; steps of AdamW on all training tokens at once
 ADAMW = {
@@ -306,10 +304,10 @@ def gather(model, tokens, starts, batch_size, wanted):
     return {key: torch.cat(part) for key, part in parts.items()}
 
 
-def probe_run(checkpoint, path, tokens, tokenizer, args):
+def probe_run(run, args):
     """Returns what probe.json holds of one checkpoint."""
-    model = build_model(checkpoint, path, bf16_streams=False).to(args.device)
-    names, d, T = RESIDUALS[model.config.residual].streams, model.config.n_embd, tokens.block_size
+    model, tokens, path = run.model, run.tokens, run.path
+    names, d, T = model.stream_names, model.n_embd, tokens.block_size
     if args.stream not in (*names, 'all'):
         raise UserError(
             f'--stream={args.stream}, but {path} has {", ".join(names)}: name one of them, or all'
@@ -325,13 +323,12 @@ def probe_run(checkpoint, path, tokens, tokenizer, args):
             f'--top={args.top}, but {path} has {d} dimensions: ask for at most {d // 3}, so that as many random ones are left'
         )
     folder, starts = tokens.path.parent, tokens.fixed_starts(args.sequences)
-    meta = read_meta(folder)
-    language = language_of(meta if 'source' in meta else folder)
-    groups = document_groups(tokens, starts, meta['eot'])
+    language = language_of(run.meta if 'source' in run.meta else folder)
+    groups = document_groups(tokens, starts, run.meta['eot'])
     samples = draw_samples(groups, T, args.seeds, args.tokens)
-    labels = label_windows(tokens, starts, encoding(tokenizer), language)
+    labels = label_windows(tokens, starts, run.encoding, language)
     batch_size = at_once(args.device, T)
-    statistics = collect(model, tokens, starts, batch_size, Statistics(topk=1))
+    statistics = collect(model, window_batches(tokens, starts, batch_size), Statistics(topk=1))
     chosen = {
         name: choose_sublayers(statistics, name, args.sublayer)
         for name in names
@@ -365,10 +362,9 @@ def probe_run(checkpoint, path, tokens, tokenizer, args):
     return {
         'schema': 1,
         'checkpoint': str(path),
-        'iter_num': checkpoint['iter_num'],
+        'iter_num': run.iter_num,
         'data': {
-            'name': folder.name,
-            'split': args.split,
+            **run.data,
             'language': language,
             'sequences': len(starts),
             'block_size': T,
@@ -477,9 +473,7 @@ def parse_arguments(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        '--ckpt', nargs='+', required=True, help='checkpoints, folders of runs, or folders above them'
-    )
+    add_run_arguments(parser, sequences=128, writes='probe.json and the figure')
     parser.add_argument('--stream', default='all', help='h, D, C, or all (default)')
     parser.add_argument(
         '--sublayer',
@@ -493,42 +487,22 @@ def parse_arguments(argv):
         help='how many dimensions of largest magnitude a probe is told (default 4)',
     )
     parser.add_argument(
-        '--sequences',
-        type=int,
-        default=128,
-        help='windows of the validation split to take tokens from (default 128)',
-    )
-    parser.add_argument(
         '--tokens',
         type=int,
         default=16384,
         help='tokens a seed draws from them, a quarter of them to test on (default 16384)',
     )
     parser.add_argument('--seeds', type=int, default=5, help='how often to draw and train (default 5)')
-    parser.add_argument(
-        '--data', help="dataset to probe on, a name below data/ or a path (default: the run's own)"
-    )
-    parser.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
-    parser.add_argument(
-        '--out', type=Path, help="folder for probe.json and the figure (default: the run's own)"
-    )
-    parser.add_argument(
-        '--force', action='store_true', help='go on although the data are not those of the training'
-    )
-    parser.set_defaults(split='val', topk=1)  # what open_runs asks for besides
     args = parser.parse_args(argv)
-    for name, least in (('top', 1), ('sequences', 2), ('tokens', 64), ('seeds', 1)):
-        if getattr(args, name) < least:
-            raise UserError(f'--{name} is {getattr(args, name)}: expected at least {least}')
-    choose_device(args)
+    check_run_arguments(args, top=1, sequences=2, tokens=64, seeds=1)
     return args
 
 
 def run(argv):
     args = parse_arguments(argv)
-    for name, (path, checkpoint, tokens, tokenizer) in open_runs(args).items():
-        out, suffix = open_output(args, name, path)
-        report = probe_run(checkpoint, path, tokens, tokenizer, args)
+    for run in open_runs(args):
+        out, suffix, name = run.out, run.suffix, run.name
+        report = probe_run(run, args)
         with atomic_write(out / f'probe{suffix}.json', 'w') as file:
             json.dump(report, file, indent=1)
         draw(name, report, out / f'probe{suffix}.png')

@@ -28,10 +28,12 @@ from measure import (
     row_median,
     stream_report,
     training_record,
+    window_batches,
 )
 from model import GPT, Attention, GPTConfig
 
 N, T, D = 10, 16, 20
+KINDS = ('attn', 'mlp', 'attn', 'mlp')
 SMALL = dict(block_size=T, vocab_size=257, n_layer=2, n_head=2, n_embd=D, gate_rank=3)
 ARMS = {
     'baseline': {},
@@ -155,9 +157,8 @@ def measured(tmp_path_factory):
         write_checkpoint(path, root / 'data', **settings)
         models[arm] = build_model(load_checkpoint(path), path, bf16_streams=False)
         seen[arm] = observe(models[arm], idx)
-        records[arm] = training_record(
-            collect(models[arm], tokens, starts, 3, Statistics(topk=3)), list(seen[arm][1])
-        )
+        batches = window_batches(tokens, starts, 3)
+        records[arm] = training_record(collect(models[arm], batches, Statistics(topk=3)))
     log = ''.join(
         json.dumps({'iter': i, 'tokens': 100 * i, 'val_loss': 5.0, 'streams': records['ledger']}) + '\n'
         for i in range(3)
@@ -239,12 +240,12 @@ def largest(a, k):
     return [(a.flat[i], *map(int, np.unravel_index(i, a.shape))) for i in order]
 
 
-def added(X, batch_size, k=5, replicates=0, device='cpu'):
-    """Returns the Statistics of X as a stream h, added in batches."""
+def added(X, batch_size, k=5, replicates=0, device='cpu', tokens=None):
+    """Returns the Statistics of X as a stream h, added in batches. tokens: (N, T), of its sequences."""
     statistics, X = Statistics(k, replicates), torch.as_tensor(X, dtype=torch.float32).to(device)
     for i in range(0, X.shape[1], batch_size):
         batch = X[:, i : i + batch_size]
-        statistics.begin(batch.shape[1], device)
+        statistics.begin(batch.shape[1], device, None if tokens is None else tokens[i : i + batch_size])
         for s, x in enumerate(batch):
             statistics.add_stream('h', s, x)
     return statistics
@@ -252,10 +253,8 @@ def added(X, batch_size, k=5, replicates=0, device='cpu'):
 
 def listed(statistics, s):
     """The largest magnitudes kept, in the form of `largest`."""
-    return [
-        (value, n, *map(int, np.unravel_index(i, (T, D))))
-        for value, n, i in zip(*(t.tolist() for t in statistics.top['h', s]))
-    ]
+    columns = (column.tolist() for column in statistics.top['h', s])
+    return [(value, n, t, j) for value, n, t, _, j in zip(*columns)]
 
 
 def close(actual, desired, rtol=1e-5, atol=1e-6):
@@ -378,9 +377,8 @@ def test_a_sink_is_a_head_that_gives_position_0_more_than_0_3(measured, arm):
 def test_a_planted_outlier_is_found_at_its_value_and_place(measured, n, t, j):
     X = noise(4, N, T, D)
     X[2, n, t, j] = -12345.5
-    sublayers = stream_report(
-        added(X, 4, replicates=2), 'h', measured.models['baseline'], measured.tokens, measured.starts
-    )['sublayers']
+    statistics = added(X, 4, replicates=2, tokens=torch.from_numpy(measured.idx))
+    sublayers = stream_report(statistics, 'h', KINDS)['sublayers']
     assert sublayers[2]['top'][0] == {
         'value': 12345.5,
         'sequence': n,
@@ -508,7 +506,7 @@ def test_bootstrap_weights_are_poisson_with_mean_1():
 
 @pytest.mark.parametrize('sequences', [N, 3])
 def test_intervals_are_those_of_a_bootstrap_that_chooses_the_dimensions_anew_and_leaves_out_empty_replicates(
-    measured, sequences
+    sequences,
 ):
     X = noise(4, sequences, T, D)
     X[:, ::2, :, 4] *= 3
@@ -517,9 +515,7 @@ def test_intervals_are_those_of_a_bootstrap_that_chooses_the_dimensions_anew_and
     assert weights.any(1).all() == (sequences == N)
     replicates = [over_sequences(per_sequence(X), w) for w in weights if w.any()]
     assert {whole['dominant_dim'] for *_, whole in replicates} >= {4, 9}
-    report = stream_report(
-        added(X, 3, replicates=200), 'h', measured.models['baseline'], measured.tokens, measured.starts
-    )
+    report = stream_report(added(X, 3, replicates=200), 'h', KINDS)
     for key in HEADLINES:
         values = [q[key][quoted[key]] if key in q else whole[key] for q, quoted, whole in replicates]
         close([report[key]['low'], report[key]['high']], np.quantile(values, [0.025, 0.975]))
@@ -624,7 +620,7 @@ def test_columns_stay_apart_and_within_110_whatever_the_values(measured, capsys,
         s['sublayers'] *= 6
         for key in HEADLINES[:-2]:
             s[key] |= {'value': value, 'low': value, 'high': value, 'last': value, 'sublayer': 22}
-    print_run('ledger', report, 'bytes')
+    print_run('ledger', report, str)
     rows = capsys.readouterr().out.splitlines()[4 : 4 + len(HEADLINES)]
     assert max(map(len, rows)) <= 110
     assert {len(row[22:].split()) for row in rows if 'persistence' not in row} == {
@@ -846,7 +842,7 @@ def test_no_hook_stays_behind_when_a_measurement_fails(measured, monkeypatch):
     model = measured.models['ledger']
     monkeypatch.setattr(Statistics, 'add_stream', lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        collect(model, measured.tokens, measured.starts, 4, Statistics(5), extras=True)
+        collect(model, window_batches(measured.tokens, measured.starts, 4), Statistics(5), extras=True)
     assert not any(
         module._forward_hooks or module._forward_pre_hooks for module in model.modules()
     )  # nor any of the measurements before
