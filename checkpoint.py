@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from data.loader import Tokens, UserError, dataset_folder, encoding, read_meta
+from data.loader import Texts, Tokens, UserError, dataset_folder, encoding, read_meta
 from model import GPT, GPTConfig
 
 ROOM_FOR_REPORTS = (
@@ -136,6 +136,7 @@ def add_run_arguments(parser, sequences, writes):
         type=Path,
         help="text files to use in the place of a dataset, in the model's own tokenizer",
     )
+    add_text_arguments(parser)
     if sequences:
         parser.add_argument(
             '--sequences',
@@ -158,13 +159,46 @@ def add_run_arguments(parser, sequences, writes):
     )
 
 
+def add_text_arguments(parser):
+    """Declares how text is cut into windows, and how a pretrained model is opened."""
+    parser.add_argument(
+        '--block_size',
+        type=int,
+        help='tokens of a window (default: all that the model takes, at most 1024 if pretrained)',
+    )
+    parser.add_argument(
+        '--bos',
+        choices=('auto', 'always', 'never'),
+        default='auto',
+        help='begin every window with the token for the beginning of a text? auto: as the tokenizer does, '
+        'or as in training',
+    )
+    parser.add_argument(
+        '--dtype',
+        choices=('float32', 'bfloat16', 'float16'),
+        default='float32',
+        help='precision of a pretrained model (default float32)',
+    )
+    parser.add_argument(
+        '--device_map', help='auto: spread a pretrained model over all GPUs (needs accelerate)'
+    )
+    parser.add_argument(
+        '--blocks_only',
+        type=lambda value: value in ('True', 'true', '1'),
+        nargs='?',
+        const=True,
+        default=False,
+        help='measure a pretrained model at the ends of its blocks alone',
+    )
+
+
 def check_run_arguments(args, **least):
     """Says what is wrong with shared arguments, and puts cpu or cuda in the place of --device=auto.
 
     least: the smallest allowed value of each whole-number argument: sequences=1."""
-    for name, smallest in least.items():
+    for name, smallest in {**least, 'block_size': 1}.items():
         value = getattr(args, name)
-        if value < smallest:
+        if value is not None and value < smallest:
             raise UserError(f'--{name} is {value}: expected at least {smallest}')
     if not 0 <= args.seed < 2**63:
         raise UserError(f'--seed is {args.seed}: expected a whole number from 0 to 2⁶³ − 1')
@@ -248,28 +282,48 @@ def distinct_names(paths):
 
 
 def run_data(args, path, header, split):
-    """Returns the folder, the meta.json and the Tokens that a run is to be read on. header: its checkpoint without weights.
+    """Returns what is to be read with a run: what reports say of the data, their meta.json, and the tokens.
+
+    header: the run's checkpoint without weights.
     Raises UserError where the model cannot read the data, or was trained on others of that name."""
     model_args = header['model_args']
     folder = dataset_folder(args.data or header['config']['dataset'])
     meta = read_meta(folder)
-    first_token = meta['eot'] if header['config'].get('bos') else None
-    try:
-        tokens = Tokens(folder, split, model_args['block_size'], meta['vocab_size'], first_token)
-    except UserError as error:
-        raise UserError(f'{error}; or name other data with --data') from None
+    block_size = args.block_size or model_args['block_size']
+    if block_size > model_args['block_size']:
+        raise UserError(
+            f'--block_size is {block_size}, but {path} reads {model_args["block_size"]} tokens at most'
+        )
+    has_bos = header['config'].get('bos') if args.bos == 'auto' else args.bos == 'always'
+    first_token = meta['eot'] if has_bos else None
+    if args.text:
+        encode = encoding(meta['tokenizer']).encode_ordinary
+        tokens = Texts(args.text, encode, block_size, meta['vocab_size'], first_token)
+        data = {'name': tokens.name, 'split': 'text'}
+        meta['sha256'] = tokens.sha256
+    else:
+        tokens = dataset_tokens(folder, split, block_size, meta['vocab_size'], first_token)
+        data = {'name': folder.name, 'split': split}
     if meta['vocab_size'] != model_args['vocab_size']:
         raise UserError(
             f'{folder} has a vocabulary of {meta["vocab_size"]}, {path} one of {model_args["vocab_size"]}: '
             'name its data with --data'
         )
-    trained_on = header.get('data_sha256')
-    if not (args.data or args.force) and trained_on not in (None, meta.get('sha256')):
+    is_named = args.data or args.text or args.force
+    if not is_named and header.get('data_sha256') not in (None, meta.get('sha256')):
         raise UserError(
             f'{folder} is not the data that {path} was trained on (sha256 differs), so its validation text may '
             'have been trained on: make it as it was, or add --force'
         )
-    return folder, meta, tokens
+    return data, meta, tokens
+
+
+def dataset_tokens(*args):
+    """Returns Tokens(*args), or says that other data can be named."""
+    try:
+        return Tokens(*args)
+    except UserError as error:
+        raise UserError(f'{error}; or name other data with --data') from None
 
 
 def output_folder(args, name, path):
@@ -296,13 +350,13 @@ def open_runs(args, split='val'):
     opened, sha256 = [], set()
     for resolved, name in zip(paths, distinct_names(list(paths))):
         header = load_checkpoint(paths[resolved], weights=False)
-        folder, meta, tokens = run_data(args, paths[resolved], header, split)
+        data, meta, tokens = run_data(args, paths[resolved], header, split)
         sha256.add(json.dumps(meta.get('sha256'), sort_keys=True))
-        opened.append((name, paths[resolved], folder, meta, tokens))
+        opened.append((name, paths[resolved], data, meta, tokens))
     if len(sha256) > 1 and not args.force:
         names = ', '.join(name for name, *_ in opened)
         raise UserError(f'{names} have different data (sha256): name one set with --data, or add --force')
-    for name, path, folder, meta, tokens in opened:
+    for name, path, data, meta, tokens in opened:
         checkpoint = load_checkpoint(path)
         out, suffix = output_folder(args, name, path)
         run = OpenRun(
@@ -311,7 +365,7 @@ def open_runs(args, split='val'):
             build_model(checkpoint, path, bf16_streams=False).to(args.device),
             tokens,
             meta,
-            {'name': folder.name, 'split': split},
+            data,
             checkpoint['iter_num'],
             checkpoint['model_args'],
             out,

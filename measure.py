@@ -55,6 +55,15 @@ def at_once(device, block_size):
     return max(1, (32768 if str(device).startswith('cuda') else 4096) // block_size)
 
 
+def sequences_at_once(model, device, block_size):
+    """Returns the same for a model that may know better: a pretrained one is larger than those of ours."""
+    return (
+        model.sequences_at_once(block_size)
+        if hasattr(model, 'sequences_at_once')
+        else at_once(device, block_size)
+    )
+
+
 def topk_first(flat, k):
     """flat: (B, n) float32, non-negative, n < 2³². Returns the k largest of each row in falling order and their indices, each (B, k).
     Ties go to the lowest index, which torch.topk alone does not promise."""
@@ -365,7 +374,7 @@ def measure(run, args):
             f'the {args.topk} largest magnitudes are asked for, but a sequence of {run.path} has {size}: ask for fewer'
         )
     starts = tokens.fixed_starts(args.sequences, args.seed)
-    batch_size = at_once(args.device, tokens.block_size)
+    batch_size = sequences_at_once(model, args.device, tokens.block_size)
 
     def progress(done):
         if sys.stderr.isatty():
@@ -385,11 +394,13 @@ def measure(run, args):
         'iter_num': run.iter_num,
         'val_loss': loss['value'],
         'loss': loss,
+        'loss_per_byte': per_byte(loss, tokens),
         'model': {**run.model_args, 'parameters': sum(p.numel() for p in model.parameters())},
         'data': {
             **run.data,
             'sequences': len(starts),
             'block_size': tokens.block_size,
+            'first_token': tokens.first_token,
             'tokens': len(starts) * tokens.block_size,
             'seed': args.seed,
         },
@@ -400,9 +411,20 @@ def measure(run, args):
     return report, landscape(model, idx, {name: s['peak_sublayer'] for name, s in streams.items()})
 
 
+def per_byte(loss, tokens):
+    """Returns the headline of a loss in nats per byte of the text, which all tokenizers have in common.
+    None where the bytes are not known, as in files of token ids."""
+    if not hasattr(tokens, 'bytes_per_token'):
+        return None
+    scaled = {key: number(loss[key] / tokens.bytes_per_token) for key in ('value', 'low', 'high')}
+    return {**loss, **scaled}
+
+
 def sink_report(statistics):
-    """Returns what measure.json says of attention sinks."""
+    """Returns what measure.json says of attention sinks, or None where no attention is at hand."""
     layers = [name[1] for name in statistics.sums if name[0] == 'sink']
+    if not layers:
+        return None
     sink = np.stack([statistics.mean(('sink', layer)) for layer in layers], 1)  # (R, n_layer, n_head)
     return {
         'heads': [[number(v) for v in layer] for layer in sink[0]],
@@ -437,9 +459,16 @@ def print_run(name, report, say_token):
     print(
         f'\n{name}, iteration {report["iter_num"]}: {data["sequences"]} sequences of {data["block_size"]} tokens, {data["name"]} {data["split"]}, seed {data["seed"]}'
     )
+    per_byte = report['loss_per_byte']
     print(
-        f'loss {cell(report["loss"])} nats per token; {cell(sink["fraction_of_heads"])} of the heads are attention sinks'
+        f'loss {cell(report["loss"])} nats per token'
+        + (f', {cell(per_byte)} per byte' if per_byte else '')
+        + (f'; {cell(sink["fraction_of_heads"])} of the heads are attention sinks' if sink else '')
     )
+    if data['first_token'] is not None:
+        print(f'position 0 is {say_token(data["first_token"])}, the token for the beginning of a text')
+    elif data['split'] == 'text':
+        print('position 0 is a token of the text, not one for its beginning')
     print(
         f'{"":22}'
         + ''.join(
@@ -469,10 +498,10 @@ def print_comparison(reports):
     columns = {}
     for name, report in reports.items():
         stream, s = next((stream, s) for stream, s in report['streams'].items() if s['decoded'])
-        columns[name] = (
-            stream,
-            {'loss (nats per token)': report['loss'], **{HEADLINES[key]: s[key] for key in COMPARED}},
-        )
+        losses = {'loss (nats per token)': report['loss']}
+        if all(other['loss_per_byte'] for other in reports.values()):
+            losses['loss (nats per byte)'] = report['loss_per_byte']
+        columns[name] = stream, {**losses, **{HEADLINES[key]: s[key] for key in COMPARED}}
     print('\ndecoded stream of each run, 95% intervals over sequences')
     for i in range(0, len(columns), 3):  # three fit in 110 columns
         block = list(columns.items())[i : i + 3]
@@ -505,7 +534,7 @@ def run(argv):
     for run in open_runs(args, args.split):
         out, suffix, name = run.out, run.suffix, run.name
         reports[name], landscapes = measure(run, args)
-        folders.append(run.path.resolve().parent.parent)
+        folders.append(run.out.resolve().parent)
         with atomic_write(out / f'measure{suffix}.json', 'w') as file:
             json.dump(reports[name], file, indent=1)
         draw_profile(name, reports[name], out / f'profile{suffix}.png')

@@ -7,6 +7,7 @@ Token files: from `data/<name>/{train,val}.bin` and `meta.json` to batches.
 - Windows are read with os.pread, not mapped: a file cut short under a running job ends in a sentence, not in a signal.
 """
 
+import hashlib
 import json
 import os
 from bisect import bisect_right
@@ -251,3 +252,55 @@ class Tokens:
         """Returns the number of the file that holds a position, and the position counted in that file."""
         i = bisect_right(self.ends, start)
         return i, int(start) - (self.ends[i - 1] if i else 0)
+
+
+class Texts(Tokens):
+    """Text files held in memory as the ids of one tokenizer, of any vocabulary. Gives the same windows as Tokens.
+
+    encode: text → list of ids, without any special token.
+    first_token: an id that every window starts with, or None.
+    No window straddles two files. Raises UserError for a file that cannot be read or is too short."""
+
+    def __init__(self, paths, encode, block_size, vocab_size, first_token=None):
+        self.paths, self.block_size = [Path(path) for path in paths], block_size
+        self.vocab_size, self.first_token = vocab_size, first_token
+        self.path, self.fds = self.paths[0], []
+        self.name = ' '.join(path.name for path in self.paths)
+        texts = [read_text(path) for path in self.paths]
+        self.ids = [np.array(encode(text), dtype=np.int64) for text in texts]
+        # one more where every window starts with first_token: it then takes one token of the text less
+        self.lengths = np.array([len(ids) + (first_token is not None) for ids in self.ids])
+        self.ends = self.lengths.cumsum().tolist()
+        self.length = self.ends[-1]
+        for path, ids, length in zip(self.paths, self.ids, self.lengths):
+            if length <= block_size:
+                raise UserError(
+                    f'{path} is {len(ids)} tokens long, too short for one window of {block_size}: '
+                    f'name a longer text, or --block_size={max(1, length - 1)}'
+                )
+            if ids.max() >= vocab_size:
+                raise UserError(f'{path} has token {ids.max()}, but the model knows only {vocab_size}')
+        self.bytes_per_token = sum(len(text.encode()) for text in texts) / sum(map(len, self.ids))
+        self.sha256 = hashlib.sha256('\0'.join(texts).encode()).hexdigest()
+
+    def windows(self, starts):
+        """starts: (B,) positions. Returns inputs and targets, each (B, block_size) int64.
+        Targets are the inputs' next tokens."""
+        tokens = np.empty((len(starts), self.block_size + 1), dtype=np.int64)
+        for row, (i, start) in zip(tokens, map(self.locate, starts)):
+            if self.first_token is None:
+                row[:] = self.ids[i][start : start + self.block_size + 1]
+            else:
+                row[0] = self.first_token
+                row[1:] = self.ids[i][start : start + self.block_size]
+        tokens = torch.from_numpy(tokens)
+        return tokens[:, :-1], tokens[:, 1:]
+
+
+def read_text(path):
+    """Returns the text of a file in UTF-8."""
+    try:
+        return path.read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, 'strerror', None) or 'it is not UTF-8'
+        raise UserError(f'cannot read the text {path}: {reason}') from None
