@@ -1,5 +1,5 @@
 """
-How far a long task has come, on stderr: one line, redrawn on a terminal, or a line every half minute in a file.
+How far a long task has come, on stderr: one line that is redrawn, or a line every half minute in a file.
 """
 
 import math

@@ -33,8 +33,8 @@ def tokenize(content, bpe, end_of_text=True):
 def announce(out, meta):
     """Puts the new meta.json in place of the old dataset, whose .bin files go first.
 
-    The new .bin files lie beside and take their names afterwards. Cut at any point, this leaves no .bin beside
-    a meta.json that is not its own, nor beside none, which would make it GPT-2's."""
+    The new .bin files lie beside and take their names afterwards. Cut at any point, this leaves no .bin
+    beside a meta.json that is not its own, nor beside none, which would make it GPT-2's."""
     for split in ('train', 'val'):
         (out / f'{split}.bin').unlink(missing_ok=True)
     with atomic_write(out / 'meta.json', 'w') as file:
@@ -45,8 +45,8 @@ def announce(out, meta):
 def write_dataset(out, meta):
     """Yields append(split, tokens), which adds token ids to 'train' or 'val'.
 
-    When the block ends, the dataset replaces the one in the folder `out`. Its meta.json is the dict meta as the
-    block has left it, with counts and sha256 added. If the block raises, the old dataset stays as it was."""
+    When the block ends, the dataset replaces the one in the folder `out`. Its meta.json is the dict meta as
+    the block has left it, with counts and sha256 added. If the block raises, the old dataset stays."""
     counts, sums = Counter(), {'train': sha256(), 'val': sha256()}
 
     def append(split, tokens):

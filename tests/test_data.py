@@ -1,6 +1,9 @@
 """What a dataset is, and what the loader promises about the windows it reads from one."""
 
+import bz2
+import gzip
 import json
+import lzma
 import os
 import shutil
 import subprocess
@@ -122,6 +125,72 @@ def test_a_big_endian_file_is_recognised(tmp_path):
         Tokens(tmp_path, 'val', 64, 257).windows([0])
 
 
+IDS = np.arange(9000) * 7919 % 50257
+WRONG_TYPES = {'<u4': '32-bit', '>i4': '32-bit', '<i8': '64-bit', '>u8': '64-bit'}
+
+
+@pytest.mark.parametrize('dtype', WRONG_TYPES)
+@pytest.mark.parametrize('count', [100, 9000])
+def test_integers_of_another_width_are_refused(tmp_path, dtype, count):
+    write_tokens(tmp_path, IDS[:count], dtype)
+    with pytest.raises(UserError, match=f'val.bin looks like a file of {WRONG_TYPES[dtype]} integers'):
+        Tokens(tmp_path, 'val', 64, 50257)
+
+
+def test_integers_of_another_width_are_refused_although_some_have_all_their_bits(tmp_path):
+    ids = IDS.copy()
+    ids[1000:1100] = 0
+    write_tokens(tmp_path, ids, '<u4')
+    with pytest.raises(UserError, match='32-bit'):
+        Tokens(tmp_path, 'val', 64, 50257)
+
+
+@pytest.mark.parametrize(
+    'ids', [np.zeros(2000), np.arange(2000) % 2 * 50, np.arange(2000) % 2 * 50 + 1, np.arange(2000) % 4 // 3]
+)
+def test_ids_are_refused_only_if_every_second_one_is_zero_and_there_is_a_stretch_to_see_it(tmp_path, ids):
+    if ids[::2].any() or not ids.any():
+        assert opened(tmp_path, ids, 64).length == 2000
+    else:
+        with pytest.raises(UserError, match='integers'):
+            opened(tmp_path, ids, 64)
+    assert opened(tmp_path, ids[:60], 32).length == 60
+
+
+def test_an_array_of_numpy_that_was_renamed_is_named(tmp_path):
+    np.save(tmp_path / 'ids.npy', IDS.astype('<u2'))
+    (tmp_path / 'ids.npy').rename(tmp_path / 'val.bin')
+    with pytest.raises(
+        UserError, match='val.bin looks like a file of np.save: give it a name that ends in .npy'
+    ):
+        Tokens(tmp_path, 'val', 64, 50257)
+
+
+@pytest.mark.parametrize(
+    'content, expected',
+    [
+        (gzip.compress(bytes(IDS.astype('<u2'))), 'a gzip file'),
+        (lzma.compress(bytes(IDS.astype('<u2'))), 'an xz file'),
+        (bz2.compress(bytes(IDS.astype('<u2'))), 'a bzip2 file'),
+        (b'PK\x03\x04' + bytes(1000), 'a zip archive'),
+        (b'MMIDIDX\x00' + bytes(1000), "an index of Megatron's"),
+        (np.array([20240520, 2, 500], '<i4').tobytes() + bytes(2000), 'a shard of another version'),
+        (b'It was the best of times, it was the worst of times.\n' * 20, 'plain text'),
+    ],
+    ids=lambda value: value if isinstance(value, str) else '',
+)
+def test_what_begins_like_another_kind_of_file_is_named(tmp_path, content, expected):
+    (tmp_path / 'val.bin').write_bytes(content)
+    with pytest.raises(UserError, match=f'val.bin looks like {expected}'):
+        Tokens(tmp_path, 'val', 64, 50257)
+
+
+def test_every_kind_of_honest_file_is_read(tmp_path):
+    text = 'It was the best of times, it was the worst of times.\n' * 20
+    for ids in (IDS, np.random.default_rng(0).integers(0, 2, 5000), list(text.encode())):
+        assert opened(tmp_path, ids, 64).length == len(ids)
+
+
 def test_a_file_cut_short_under_a_run_ends_in_a_sentence(tmp_path):
     tokens = opened(tmp_path, np.arange(1000), 64)
     os.truncate(tmp_path / 'val.bin', 2 * 500)
@@ -194,7 +263,8 @@ def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, erro
 
 
 def make_sources(root, count=80):
-    """Writes files with what is easily lost on the way (a BOM, \\r\\n, no last newline, special tokens as text). Returns {name: content}."""
+    """Writes files with what is easily lost on the way: a BOM, \\r\\n, no last newline, special tokens as
+    text. Returns {name: content}."""
     contents = {
         f'module_{i}.py': f'# {i}\r\nx = "é速\U0001f40d" * {i}\n\n\tpass  # <|endoftext|>'.encode()
         for i in range(count)
@@ -211,7 +281,8 @@ def put(path, content):
 
 
 def run(root, out, *flags):
-    """Runs prepare.py with the bytes tokenizer. Returns the documents of both splits as {'train': [content, …], 'val': […]}, read back without tiktoken."""
+    """Runs prepare.py with the bytes tokenizer. Returns the documents of both splits, read without tiktoken,
+    as {'train': [content, …], 'val': […]}."""
     prepare.main(['--tokenizer=bytes', f'--root={root}', f'--out={out}', *flags])
     return {split: documents(out / f'{split}.bin', 256) for split in ('train', 'val')}
 

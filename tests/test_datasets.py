@@ -1,6 +1,7 @@
-"""Datasets from elsewhere: the download of FineWeb-Edu from a server that misbehaves, anybody's own text, and what others have prepared."""
+"""Datasets from elsewhere: FineWeb-Edu from a server that misbehaves, any text, and what others prepared."""
 
 import bz2
+import errno
 import gzip
 import json
 import lzma
@@ -42,7 +43,9 @@ def shard(ids, magic=20240520, version=1, count=None):
 
 
 class Server(ThreadingHTTPServer):
-    """Serves shards on loopback. `answers[name]` is what goes wrong, one request after the other: a status, 'drop' (half of what was asked for),
+    """Serves shards on loopback.
+
+    answers[name] is what goes wrong, one request after the other: a status, 'drop' (half of what is asked for),
     'corrupt …', or None for what is right; the last one holds for all requests that follow."""
 
     daemon_threads = True
@@ -248,7 +251,8 @@ def test_a_server_that_is_not_there_ends_in_a_sentence(server, tmp_path):
 def process(server, out, *more):
     """Starts prepare.py as a process of its own."""
     settings = f'prepare.SHARD_TOKENS, prepare.VAL_TOKENS, prepare.BLOCK = {SHARD}, {VAL}, 4096'
-    code = f'from data.fineweb_edu import prepare; {settings}; prepare.main({["--tokens=250k", f"--url={server.url}", f"--out={out}", *more]})'
+    argv = ['--tokens=250k', f'--url={server.url}', f'--out={out}', *more]
+    code = f'from data.fineweb_edu import prepare; {settings}; prepare.main({argv})'
     heard = partial(
         signal.signal, signal.SIGINT, signal.SIG_DFL
     )  # a job that a shell runs in the background ignores SIGINT
@@ -354,6 +358,26 @@ def test_two_downloads_to_one_folder_do_not_meet(server, tmp_path):
         assert 'another process is downloading' in sentence(download, server, tmp_path)
     download(server, tmp_path)
     assert is_right(tmp_path)
+
+
+@pytest.mark.parametrize('number', [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_said_and_the_download_goes_on(
+    server, tmp_path, monkeypatch, capsys, number
+):
+    def no_locks(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr('fcntl.flock', no_locks)
+    download(server, tmp_path)
+    assert is_right(tmp_path) and 'has no locks' in capsys.readouterr().err
+
+
+def test_a_lock_that_fails_for_another_reason_ends_in_a_sentence(server, tmp_path, monkeypatch):
+    def broken(*_):
+        raise OSError(errno.EIO, 'Input/output error')
+
+    monkeypatch.setattr('fcntl.flock', broken)
+    assert 'Input/output error' in sentence(download, server, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -559,9 +583,10 @@ def test_memory_does_not_grow_with_the_input(tmp_path):
             for i in range(1000 * megabytes // 2):
                 plain.write(f'{i:0100}\n' * 10)
                 lines.write(json.dumps({'text': f'{i:01000}'}) + '\n')
+    flags = ['--tokenizer=bytes', f'--out={tmp_path}/out', '--workers=2']
     code = (
         f'import resource; from data.text import prepare\nfor name in ("small", "big"):\n'
-        f'  prepare.main(["{tmp_path}/" + name, "--tokenizer=bytes", "--out={tmp_path}/out", "--workers=2"])\n'
+        f'  prepare.main(["{tmp_path}/" + name, *{flags}])\n'
         '  print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)'
     )
     result = subprocess.run(
@@ -832,6 +857,48 @@ def test_what_is_wrong_inside_a_shard_is_named_with_the_shard_and_the_position_i
         tokens.windows([0, 580])
 
 
+def write_npy_shards(folder, lengths=(300, 200, 250), dtype='<u2'):
+    """Writes shards as build-nanogpt does. Returns the ids of those for training."""
+    folder.mkdir(exist_ok=True)
+    ids = [shard_ids(i, n) for i, n in enumerate(lengths)]
+    np.save(folder / 'edufineweb_val_000000.npy', shard_ids(9, 200).astype(dtype))
+    for i, part in enumerate(ids):
+        np.save(folder / f'edufineweb_train_{i + 1:06}.npy', part.astype(dtype))
+    return ids
+
+
+def test_shards_of_numpy_are_the_split_as_they_lie(tmp_path):
+    flat = np.concatenate(write_npy_shards(tmp_path))
+    tokens = Tokens(tmp_path, 'train', 64, 50257)
+    assert tokens.length == 750 and Tokens(tmp_path, 'val', 64, 50257).length == 200
+    starts = tokens.training_starts(0, 0, 500)
+    for start, x in zip(starts, tokens.windows(starts)[0].numpy()):
+        np.testing.assert_array_equal(x, flat[start : start + 64])
+
+
+def test_shards_of_numpy_of_another_type_are_refused(tmp_path):
+    write_npy_shards(tmp_path, dtype='<i4')
+    with pytest.raises(
+        UserError, match=r'000001.npy holds an array of int32 of shape \(300,\): expected uint16'
+    ):
+        Tokens(tmp_path, 'train', 64, 50257)
+
+
+@pytest.mark.parametrize('content', [b'', b'\x93NUMPY', b'no header at all' * 20])
+def test_a_damaged_shard_of_numpy_is_named(tmp_path, content):
+    write_npy_shards(tmp_path)
+    (tmp_path / 'edufineweb_train_000002.npy').write_bytes(content)
+    with pytest.raises(UserError, match='train_000002.npy does not begin like an .npy file'):
+        Tokens(tmp_path, 'train', 64, 50257)
+
+
+def test_a_shard_of_numpy_that_is_cut_short_is_named(tmp_path):
+    write_npy_shards(tmp_path)
+    os.truncate(tmp_path / 'edufineweb_train_000002.npy', 500)
+    with pytest.raises(UserError, match='train_000002.npy has 500 bytes, but its header promises 200 tokens'):
+        Tokens(tmp_path, 'train', 64, 50257)
+
+
 def test_a_character_set_of_nanogpt_is_not_unpickled(tmp_path):
     (tmp_path / 'meta.pkl').write_bytes(b"cos\nsystem\n(S'touch unpickled'\ntR.")
     with pytest.raises(UserError, match=r'never unpickled; .*text/prepare\.py input\.txt --tokenizer=bytes'):
@@ -860,6 +927,10 @@ def shards_as_they_lie(folder, server):
     write_shards(folder)
 
 
+def shards_of_numpy(folder, server):
+    write_npy_shards(folder)
+
+
 def a_set_of_nanogpt(folder, server):
     folder.mkdir()
     for i, split in enumerate(('train', 'val')):
@@ -867,7 +938,9 @@ def a_set_of_nanogpt(folder, server):
 
 
 @pytest.mark.parametrize(
-    'kind', [a_text_set, a_prepared_set, shards_as_they_lie, a_set_of_nanogpt], ids=lambda kind: kind.__name__
+    'kind',
+    [a_text_set, a_prepared_set, shards_as_they_lie, shards_of_numpy, a_set_of_nanogpt],
+    ids=lambda kind: kind.__name__,
 )
 def test_a_run_trains_on(kind, tmp_path, server):
     kind(tmp_path / 'set', server)

@@ -1,16 +1,19 @@
 """
 FineWeb-Edu in GPT-2's BPE, the data of the published runs: downloads shards that are tokenized already.
 
-    python data/fineweb_edu/prepare.py                       # 500M training tokens and 4M for validation: 1 GB
+    python data/fineweb_edu/prepare.py                     # 500M training tokens and 4M for validation: 1 GB
     python data/fineweb_edu/prepare.py --tokens=9.9B --url=http://mirror.example/finewebedu10B-gpt2
 
-shards, several at a time → parts/ → one after the other into parts/joined.bin → train.bin, val.bin, meta.json.
-A part holds the ids of one shard without its header, which is checked before the first of them is written: so the length of
-a part is all that must be known to go on with it, however the process before ended. The last shard and the validation shard are
-downloaded only as far as they are needed. A part goes as soon as it has been joined: disk for one more shard than the result is enough.
+shards, several at a time → parts/ → in their order into parts/joined.bin → train.bin, val.bin, meta.json.
+
+- A part holds the ids of one shard without its header, which is checked before the first id is written. So
+  the length of a part is all that must be known to go on with it, however the process before ended.
+- The last shard and the validation shard are downloaded only as far as they are needed.
+- A part goes as soon as it has been joined: disk for one more shard than the result is enough.
 """
 
 import argparse
+import errno
 import fcntl
 import http.client
 import json
@@ -30,9 +33,8 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path[0] = str(
-    Path(__file__).resolve().parents[2]
-)  # run as a script, it finds the repository and not its own folder
+# Run as a script, it finds the repository and not its own folder.
+sys.path[0] = str(Path(__file__).resolve().parents[2])
 from data.loader import GPT2_META, SHARD_HEADER, UserError, shard_tokens
 from data.progress import Progress
 from data.writer import announce, number
@@ -40,13 +42,12 @@ from data.writer import announce, number
 DATASET = 'kjj0/finewebedu10B-gpt2'
 URL = f'https://huggingface.co/datasets/{DATASET}/resolve/main'
 SHARDS, SHARD_TOKENS = 99, 100_000_000  # training shards; ids in every shard
+NO_LOCKS = errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP  # what a file system says that knows no locks
 VAL_TOKENS = 4_000_000  # of the validation shard's, the first: as in the publication
 BLOCK = 1 << 18  # bytes: a process that is killed has lost less than this of every download
-TRIES, BACKOFF, TIMEOUT = (
-    8,
-    1.0,
-    60,
-)  # failures in a row without a byte won; seconds of the first wait; seconds of silence that are a failure
+TRIES = 8  # failures in a row without a byte won, after which a download is given up
+BACKOFF = 1.0  # seconds of the first wait; each further one is twice as long
+TIMEOUT = 60  # seconds of silence that are a failure
 
 
 class TryAgain(Exception):
@@ -58,30 +59,36 @@ class Corrupt(Exception):
 
 
 def ask(url, first, last):
-    """Asks for the bytes `first` to `last` of a shard. Returns the response, and whether it begins at `first` rather than with the file."""
+    """Asks for the bytes `first` to `last` of a shard.
+
+    Returns the response, and whether it begins at `first` rather than with the file."""
+    request = urllib.request.Request(url, headers={'Range': f'bytes={first}-{last}'})
     try:
-        response = urllib.request.urlopen(
-            urllib.request.Request(url, headers={'Range': f'bytes={first}-{last}'}), timeout=TIMEOUT
-        )
+        response = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        if error.code == 416:
-            raise Corrupt(f'it ends before byte {first:,}') from None
-        if error.code in (408, 429) or error.code >= 500:
-            asked = error.headers.get('Retry-After', '')
-            raise TryAgain(f'{error.code} {error.reason}', int(asked) if asked.isdecimal() else 0) from None
-        raise UserError(
-            f'{url} answered {error.code} {error.reason}, expected a shard: name a server that has it with --url'
-        ) from None
+        raise what_follows(error, url, first) from None
     except (OSError, http.client.HTTPException) as error:
         raise TryAgain(str(error) or type(error).__name__, 0) from None
-    partial, expected = response.status == 206, SHARD_HEADER + 2 * SHARD_TOKENS
+    partial, size = response.status == 206, SHARD_HEADER + 2 * SHARD_TOKENS
     said = response.headers.get('Content-Range' if partial else 'Content-Length', 'nothing')
-    if not re.fullmatch(rf'bytes {first}-\d+/{expected}' if partial else str(expected), said):
+    expected = rf'bytes {first}-\d+/{size}' if partial else str(size)
+    if not re.fullmatch(expected, said):
         response.close()
-        raise Corrupt(
-            f"the server says '{said}' of its size, expected {expected} bytes" + f' from {first} on' * partial
-        )
+        where = f' from {first} on' if partial else ''
+        raise Corrupt(f"the server says '{said}' of its size, expected {size} bytes{where}")
     return response, partial
+
+
+def what_follows(error, url, first):
+    """error: an HTTPError. Returns the exception that says what to do about it."""
+    if error.code == 416:
+        return Corrupt(f'it ends before byte {first:,}')
+    if error.code in (408, 429) or error.code >= 500:
+        asked = error.headers.get('Retry-After', '')
+        return TryAgain(f'{error.code} {error.reason}', int(asked) if asked.isdecimal() else 0)
+    return UserError(
+        f'{url} answered {error.code} {error.reason}, expected a shard: name a server that has it with --url'
+    )
 
 
 def read(response, size):
@@ -98,9 +105,8 @@ def read(response, size):
 def size_of(path):
     try:
         return path.stat().st_size
-    except (
-        FileNotFoundError
-    ):  # a corrupt part may go at any moment: another thread is about to fetch it once more
+    except FileNotFoundError:
+        # A corrupt part may go at any moment: another thread is about to fetch it once more.
         return 0
 
 
@@ -116,8 +122,9 @@ def download(url, part, size, stop):
             while len(header) < SHARD_HEADER:
                 header += read(response, SHARD_HEADER - len(header))
             if shard_tokens(header) != SHARD_TOKENS:
+                found = np.frombuffer(header, '<i4', 3).tolist()
                 raise Corrupt(
-                    f'its header is {np.frombuffer(header, "<i4", 3).tolist()}, expected magic 20240520, version 1, {SHARD_TOKENS} tokens'
+                    f'its header is {found}, expected magic 20240520, version 1, {SHARD_TOKENS} tokens'
                 )
         while have < size:
             data = read(response, min(BLOCK, size - have))
@@ -145,14 +152,15 @@ def fetch(url, part, size, stop):
                     f'{url} is corrupt, twice in a row ({error}): name another server with --url'
                 ) from None
         except TryAgain as error:
-            (reason, asked), failures = error.args, 1 if size_of(part) > before else failures + 1
+            reason, asked = error.args
+            failures = 1 if size_of(part) > before else failures + 1
             if failures == TRIES:
                 raise UserError(
-                    f'{url} cannot be had ({reason}; {TRIES} attempts): run the same command again later, it goes on from here'
+                    f'{url} cannot be had ({reason}; {TRIES} attempts): '
+                    'run the same command again later, it goes on from here'
                 ) from None
-            wait = max(
-                asked, min(60, BACKOFF * 2**failures) * random.uniform(0.5, 1)
-            )  # random, or all workers would come back at once
+            # Random, or all workers would come back at once.
+            wait = max(asked, min(60, BACKOFF * 2**failures) * random.uniform(0.5, 1))
             print(f'{part.name}: {reason}, again in {wait:.0f} s', file=sys.stderr)
             stop.wait(wait)
 
@@ -163,11 +171,11 @@ def fetch_all(url, wanted, workers, stop):
     def have():
         return sum(min(size_of(part), size) for part, size in wanted.items())
 
-    progress = Progress('downloading', sum(wanted.values()) / 1e6, 'MB', have() / 1e6)
-    with ThreadPool(workers) as pool:
-        waiting = [
-            pool.apply_async(fetch, (f'{url}/{part.name}', part, size, stop)) for part, size in wanted.items()
-        ]
+    total = sum(wanted.values())
+    with Progress('downloading', total / 1e6, 'MB', have() / 1e6) as progress, ThreadPool(workers) as pool:
+        waiting = []
+        for part, size in wanted.items():
+            waiting.append(pool.apply_async(fetch, (f'{url}/{part.name}', part, size, stop)))
         while waiting:
             waiting[0].wait(0.1)
             for result in [result for result in waiting if result.ready()]:
@@ -194,58 +202,84 @@ def alone_in(folder):
     folder.mkdir(parents=True, exist_ok=True)
     fd = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(fd, folder)
         yield
-    except BlockingIOError:
-        raise UserError(
-            f'another process is downloading to {folder}: wait for it, or name another --out'
-        ) from None
     finally:
         os.close(fd)
 
 
+def lock(fd, folder):
+    """Locks an open folder. Where the file system has no locks, this is said, and the download goes on."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f'another process is downloading to {folder}: wait for it, or name another --out'
+        ) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        print(
+            f'the file system of {folder} has no locks ({error.strerror}): '
+            'see to it that no second download writes there',
+            file=sys.stderr,
+        )
+
+
 def is_made(out, meta):
-    """Returns {split: whether its file has its final size}, or {} where meta.json announces another dataset or none."""
+    """Returns {split: whether its file has its final size}.
+
+    It is empty where meta.json announces another dataset, or where there is none."""
     try:
         found = json.loads((out / 'meta.json').read_text())
-        ours = all(found[key] == value for key, value in meta.items())
+        if any(found[key] != value for key, value in meta.items()):
+            return {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-    return (
-        {split: size_of(out / f'{split}.bin') == 2 * meta[f'{split}_tokens'] for split in ('train', 'val')}
-        if ours
-        else {}
-    )
+    return {split: size_of(out / f'{split}.bin') == 2 * meta[f'{split}_tokens'] for split in ('train', 'val')}
 
 
-def prepare(args, stop):
-    tokens, begin = number('--tokens', args.tokens), time.time()
-    if not (1 <= tokens <= SHARDS * SHARD_TOKENS and tokens == int(tokens)):
-        raise UserError(
-            f'--tokens is {args.tokens}: expected a whole number from 1 to {SHARDS * SHARD_TOKENS / 1e9:g}B'
-        )
+def tokens_wanted(args):
+    """Checks the arguments. Returns how many training tokens are asked for."""
+    tokens, most = number('--tokens', args.tokens), SHARDS * SHARD_TOKENS
+    if not (1 <= tokens <= most and tokens == int(tokens)):
+        raise UserError(f'--tokens is {args.tokens}: expected a whole number from 1 to {most / 1e9:g}B')
     if args.workers < 1:
         raise UserError(f'--workers is {args.workers}: expected at least 1')
     if not args.url.startswith(('http://', 'https://')):
         raise UserError(f'--url is {args.url}: expected an address that begins with http:// or https://')
-    meta = GPT2_META | {
-        'source': f'FineWeb-Edu, {DATASET}',
-        'train_tokens': int(tokens),
-        'val_tokens': VAL_TOKENS,
-    }
+    return int(tokens)
+
+
+def prepare(args, stop):
+    tokens, begin = tokens_wanted(args), time.time()
+    source = f'FineWeb-Edu, {DATASET}'
+    meta = GPT2_META | {'source': source, 'train_tokens': tokens, 'val_tokens': VAL_TOKENS}
     made = is_made(args.out, meta)
     if made and all(made.values()):
-        print(f'{args.out} holds {tokens:,.0f} training tokens of FineWeb-Edu already: nothing to download')
+        print(f'{args.out} holds {tokens:,} training tokens of FineWeb-Edu already: nothing to download')
         return
     with alone_in(args.out / 'parts'):
         make(args, meta, [split for split in made if made[split]], stop)
-    print(
-        f'{args.out}: {meta["train_tokens"]:,} train and {VAL_TOKENS:,} val tokens, {time.time() - begin:.1f} s'
-    )
+    print(f'{args.out}: {tokens:,} train and {VAL_TOKENS:,} val tokens, {time.time() - begin:.1f} s')
+
+
+def check_disk(out, parts, wanted, shards):
+    """wanted and shards: {part: bytes of ids}, of all parts and of the training shards."""
+    missing = sum(max(0, size - size_of(part)) for part, size in wanted.items())
+    needed = missing + max(shards.values(), default=0)
+    free = shutil.disk_usage(parts).free
+    if needed > free:
+        raise UserError(
+            f'{out} has {free / 1e9:,.2f} GB free, but {needed / 1e9:,.2f} GB are needed: '
+            'make room, lower --tokens, or name another --out'
+        )
 
 
 def make(args, meta, named, stop):
-    """Takes the steps to the dataset that earlier processes have not. `named`: splits that the process before had given their final names."""
+    """Takes the steps to the dataset that earlier processes have not taken.
+
+    named: splits to which the process before had given their final names."""
     parts, shard, total = args.out / 'parts', 2 * SHARD_TOKENS, 2 * meta['train_tokens']
     whole = {'train': parts / 'joined.bin', 'val': parts / 'finewebedu_val_000000.bin'}
     for split in named:
@@ -259,13 +293,7 @@ def make(args, meta, named, stop):
         for i in range(-(-joined // shard), -(-total // shard))
     }
     wanted = {whole['val']: 2 * VAL_TOKENS, **shards}
-    needed = sum(max(0, size - size_of(part)) for part, size in wanted.items()) + max(
-        shards.values(), default=0
-    )
-    if needed > (free := shutil.disk_usage(parts).free):
-        raise UserError(
-            f'{args.out} has {free / 1e9:,.2f} GB free, but {needed / 1e9:,.2f} GB are needed: make room, lower --tokens, or name another --out'
-        )
+    check_disk(args.out, parts, wanted, shards)
     fetch_all(args.url, wanted, args.workers, stop)
     join(whole['train'], shards)
     meta['sha256'] = {
@@ -279,12 +307,13 @@ def make(args, meta, named, stop):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        description='Downloads FineWeb-Edu in GPT-2 tokens into train.bin, val.bin and meta.json; run it again to go on.'
+        description='Downloads FineWeb-Edu in GPT-2 tokens into train.bin, val.bin and meta.json.',
+        epilog='Run it again to go on.',
     )
     parser.add_argument(
         '--tokens',
         default='500M',
-        help='training tokens, as in 500M or 9.9B, which is all (default 500M); the published runs saw 344M and 131M',
+        help='training tokens, 9.9B at most (default 500M); the published runs saw 344M and 131M',
     )
     parser.add_argument(
         '--url', default=URL, help='the folder of the shards, for a mirror (default: the hub)'
@@ -304,7 +333,8 @@ def main(argv=None):
         sys.exit(f'error: {error}')
     except OSError as error:
         sys.exit(
-            f'error: cannot write to {args.out} ({error.strerror}): what is there is kept; mend it, then run the same command again'
+            f'error: cannot write to {args.out} ({error.strerror}): what is there is kept; '
+            'mend it, then run the same command again'
         )
     except KeyboardInterrupt:
         print(

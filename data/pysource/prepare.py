@@ -4,10 +4,11 @@ The dataset that needs no download: the Python source that lies beside the inter
     python data/pysource/prepare.py                          # standard library and site-packages, GPT-2's BPE
     python data/pysource/prepare.py --tokenizer=bytes --root ~/code
 
-files → documents without copies → a side for each group of near-copies → tokens → train.bin, val.bin, meta.json.
-The bytes written depend on nothing but the contents and names of the files: not on where they lie, on the order in which
-the file system lists them, or on the number of workers. The workers are threads, since reading, hashing and tiktoken all
-let go of the interpreter's lock: they scale as processes do, with nothing to pickle and nothing to start.
+files → documents without copies → near-copies on one side → token ids → train.bin, val.bin, meta.json.
+
+The bytes written depend on nothing but the contents and names of the files: not on where they lie, on the
+order in which the file system lists them, or on the number of workers. The workers are threads, since reading,
+hashing and tiktoken let go of the interpreter's lock.
 """
 
 import argparse
@@ -23,18 +24,18 @@ from itertools import accumulate
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-sys.path[0] = str(
-    Path(__file__).resolve().parents[2]
-)  # run as a script, it finds the repository and not its own folder
+# Run as a script, it finds the repository and not its own folder.
+sys.path[0] = str(Path(__file__).resolve().parents[2])
 from data.loader import UserError, dataset_folder, encoding
 from data.progress import Progress
-from data.writer import number, tokenize, write_dataset
+from data.writer import number, tokenize, usable_cores, write_dataset
 
 # What train.py makes for the demo configs by itself: quick, and nearly the same on every machine.
 DEMO = ['--stdlib', '--tokenizer=bytes', '--limit=8M', f'--out={dataset_folder("pysource_demo")}']
 
-# --stdlib leaves out what some distributions package apart or drop, and pydoc_data, generated prose. It also keeps to the
-# modules that Python itself lists: the others, build settings and site hooks, belong to the machine.
+# --stdlib leaves out what some distributions package apart or drop, and pydoc_data, which is generated prose.
+# It keeps to the modules that Python itself lists: the others, build settings and site hooks, belong to the
+# machine.
 OFTEN_MISSING = {
     'test',
     'tests',
@@ -50,39 +51,40 @@ SITE_FOLDERS = {'site-packages', 'dist-packages'}
 
 
 def python_files(folder, skip=()):
-    """Yields the path of every .py file under the folder, in no particular order. Links to folders are not followed."""
+    """Yields the path of every .py file under the folder, in any order. Links to folders are not followed."""
     for where, folders, names in os.walk(folder):
         folders[:] = set(folders).difference(skip)
         yield from (os.path.join(where, name) for name in names if name.endswith('.py'))
 
 
 def sources(args):
-    """Returns the paths of the files asked for, and a phrase for meta.json that names no folder of this machine."""
+    """Returns the paths of the files asked for, and a phrase for meta.json that names no folder."""
     for root in args.root or ():
         if not os.path.isdir(root):
             raise UserError(f'--root {root} is not a folder: expected one that holds Python files')
     if args.root:
-        return [
-            path for root in args.root for path in python_files(root)
-        ], 'Python source of folders given by --root'
+        paths = [path for root in args.root for path in python_files(root)]
+        return paths, 'Python source of folders given by --root'
     library, version = sysconfig.get_path('stdlib'), f'Python {platform.python_version()} standard library'
     if args.stdlib:
         paths = python_files(library, OFTEN_MISSING | SITE_FOLDERS)
-        return [
-            path
-            for path in paths
-            if os.path.relpath(path, library).split(os.sep)[0].removesuffix('.py') in sys.stdlib_module_names
-        ], version
+        return [path for path in paths if module_of(path, library) in sys.stdlib_module_names], version
     paths = list(python_files(library, SITE_FOLDERS))
-    return paths + [
-        path for folder in site.getsitepackages() for path in python_files(folder)
-    ], f'{version} and site-packages'
+    for folder in site.getsitepackages():
+        paths += python_files(folder)
+    return paths, f'{version} and site-packages'
+
+
+def module_of(path, library):
+    """Returns the name of the top-level module of the library that a file belongs to."""
+    return os.path.relpath(path, library).split(os.sep)[0].removesuffix('.py')
 
 
 def read_file(path):
     """Returns (sha256, name, content) of one file, or the reason to leave it out."""
     try:
-        if not os.path.isfile(path):  # a broken link, or a named pipe, on which open would wait forever
+        # A broken link, or a named pipe, on which open would wait forever.
+        if not os.path.isfile(path):
             return 'unreadable'
         content = Path(path).read_bytes()
         content.decode()
@@ -94,7 +96,8 @@ def read_file(path):
 
 
 def read_all(paths, pool):
-    """Returns {sha256: content}, every content once; the set of (sha256, name, size) seen; and a Counter of what was left out."""
+    """Reads files. Returns three things: {sha256: content}, every content once; the set of (sha256, name,
+    size) seen; and a Counter of what was left out."""
     documents, seen, left_out = {}, set(), Counter()
     for found in shown(pool.imap_unordered(read_file, paths), len(paths), 'reading'):
         if isinstance(found, str):
@@ -108,12 +111,12 @@ def read_all(paths, pool):
 
 
 def groups(seen):
-    """
-    seen: (sha256, name, size) each. Returns {sha256: the smallest sha256 of its group}, in which contents that carry the same
-    name and size, directly or through others, are one group: a vendored copy often differs in an import line or a version.
-    The name alone is the path's tail, so that six.py and _vendor/six.py meet; it costs nothing that small __init__.py
-    of strangers meet as well.
-    """
+    """Finds groups of near-copies: contents that carry the same name and size, directly or through others.
+    A vendored copy often differs in an import line or a version.
+
+    seen: (sha256, name, size) each; the name is the path's tail alone, so that six.py and _vendor/six.py
+    meet. It costs nothing that small __init__.py of strangers meet as well.
+    Returns {sha256: the smallest sha256 of its group}."""
     leader, first = {}, {}
 
     def find(digest):
@@ -128,26 +131,25 @@ def groups(seen):
 
 
 def split_of(leader):
-    """One group in sixteen is validation. The last hex digit decides: the first ones order the documents, and --limit takes the first."""
+    """Returns 'val' for one group in sixteen and 'train' for the others.
+
+    The last hex digit decides: the first ones order the documents, and --limit takes the first documents."""
     return 'val' if leader[-1] % 16 == 0 else 'train'
 
 
 def first_bytes(documents, limit):
-    """Returns the sha256s of the documents in their order, which shuffles them, up to `limit` bytes of content."""
+    """Returns the sha256s of the documents in order, which shuffles them, up to `limit` bytes of content."""
     order = sorted(documents)
-    return [
-        digest
-        for digest, total in zip(order, accumulate(len(documents[digest]) for digest in order))
-        if total <= limit
-    ]
+    totals = accumulate(len(documents[digest]) for digest in order)
+    return [digest for digest, total in zip(order, totals) if total <= limit]
 
 
 def shown(items, total, verb):
     """Passes the items on and says how many of the total have come."""
-    progress = Progress(verb, total, 'files')
-    for count, item in enumerate(items, 1):
-        progress.show(count)
-        yield item
+    with Progress(verb, total, 'files') as progress:
+        for count, item in enumerate(items, 1):
+            progress.show(count)
+            yield item
 
 
 def prepare(args):
@@ -162,7 +164,8 @@ def prepare(args):
         missing = {'train', 'val'}.difference(splits.values())
         if missing:
             raise UserError(
-                f'{len(paths):,} Python files found, {len(splits):,} documents left of them, none for {min(missing)}: give more files or a higher --limit'
+                f'{len(paths):,} Python files found, {len(splits):,} documents left of them, none for '
+                f'{min(missing)}: give more files or a higher --limit'
             )
         meta = {
             'tokenizer': args.tokenizer,
@@ -178,15 +181,11 @@ def prepare(args):
                 append(split, tokens)
     left_out['over the limit'] = len(documents) - len(splits)
     print(
-        f'{args.out}: {meta["files"]:,} files, {meta["bytes"]:,} bytes, {meta["train_tokens"]:,} train and {meta["val_tokens"]:,} val tokens, {time.time() - begin:.1f} s'
+        f'{args.out}: {meta["files"]:,} files, {meta["bytes"]:,} bytes, {meta["train_tokens"]:,} train and '
+        f'{meta["val_tokens"]:,} val tokens, {time.time() - begin:.1f} s'
     )
-    print(
-        'left out: '
-        + (
-            ', '.join(f'{count:,} {reason}' for reason, count in sorted(left_out.items()) if count)
-            or 'nothing'
-        )
-    )
+    reasons = [f'{count:,} {reason}' for reason, count in sorted(left_out.items()) if count]
+    print('left out: ' + (', '.join(reasons) or 'nothing'))
 
 
 def main(argv=None):
@@ -214,7 +213,7 @@ def main(argv=None):
         help='where to write (default: beside this script)',
     )
     parser.add_argument(
-        '--workers', type=int, default=os.cpu_count(), metavar='N', help='threads (default: one per core)'
+        '--workers', type=int, default=usable_cores(), metavar='N', help='threads (default: one per core)'
     )
     try:
         prepare(parser.parse_args(argv))

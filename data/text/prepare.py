@@ -4,7 +4,7 @@ Anybody's own text as a dataset: .txt, .md, .py, .jsonl, .json, plain or compres
     python data/text/prepare.py notes.txt ~/corpus                    # GPT-2's BPE, into data/text
     python data/text/prepare.py dump.jsonl.xz --field=data.text --out=data/dump --tokenizer=bytes
 
-files in the order of their paths → pieces → workers: documents, their token ids → train.bin, val.bin, meta.json.
+files in the order of their paths → pieces → workers: documents, token ids → train.bin, val.bin, meta.json.
 
 - A line of a .jsonl or .json is a document, of any other kind the file is.
 - A piece is all that is held of a file, and only a few pieces are on their way at a time. So memory does not
@@ -90,7 +90,7 @@ def kind_of(path):
 
 
 class LeftOut:
-    """Counts what is not taken, by reason, with the bytes of text lost and the first path that it concerns."""
+    """Counts what is not taken, by reason, with the bytes of text lost and the first path concerned."""
 
     def __init__(self):
         self.counts, self.bytes, self.first = Counter(), Counter(), {}
