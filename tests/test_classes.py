@@ -1,4 +1,7 @@
-"""The specification of data/classes.py: lines labelled by hand, byte by byte and in GPT-2's tokens, and whole files against the standard library's tokenize."""
+"""The specification of data/classes.py and data/python_source.py.
+
+Lines are labelled by hand, byte by byte and in GPT-2's tokens; whole files are held to the standard library's tokenize.
+"""
 
 import importlib.util
 import keyword
@@ -10,7 +13,7 @@ import numpy as np
 import pytest
 from test_data import needs_gpt2
 
-from data.classes import CLASSES, FUNCTION_WORDS, classify, language_of, structure
+from data.classes import CLASSES, classify, language_of, structure
 from data.loader import UserError, encoding
 
 BYTES, EOT = encoding('bytes'), 256
@@ -292,12 +295,6 @@ def test_a_statement_closes_brackets_that_were_left_open_by_mistake():
     ]
 
 
-def test_distance_in_english_counts_from_lines_and_sentences():
-    found = structure(ids_of('Hi. "A 1.5!" So\nb'), BYTES, 'english')
-    assert found['since_line'].tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 1, 2, 3, 0]
-    assert np.flatnonzero(found['line_start']).tolist() == [4, 13, 16]
-
-
 def test_bytes_of_one_character_are_one_class_also_where_the_window_cuts_it():
     ids = [*'€'.encode()[1:], *' 5")\nx = "€'.encode(), *'€'.encode()[:2]]
     assert letters(classify(ids, BYTES, 'python'), 'python') == 'ss.sso/n.o.ssss' + 'ss'
@@ -330,11 +327,6 @@ def test_any_bytes_can_be_read():
                 == len(structure(ids, BYTES, language)['since_line'])
                 == 300
             )
-
-
-def test_the_function_words_are_lower_case_and_closed():
-    assert all(word == word.lower() for word in FUNCTION_WORDS) and 200 < len(FUNCTION_WORDS) < 350
-    assert not {'dog', 'run', 'good', 'quickly'} & FUNCTION_WORDS
 
 
 @pytest.mark.parametrize(
