@@ -20,8 +20,8 @@ data/python_source.py and data/english.py read the text; here it is divided into
 to the tokens.
 """
 
+import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -32,14 +32,18 @@ CLASSES = {'python': python_source.CLASSES, 'english': english.CLASSES}
 READERS = {'python': python_source.read, 'english': english.read}
 
 
-def language_of(dataset):
-    """dataset: a data set's name or folder, or its meta.json as a dict.
+def language_of(meta, tokens):
+    """Returns 'python' for what data/pysource makes and for files that end in .py, and 'english' for all
+    else.
 
-    Returns 'python' for what data/pysource makes and 'english' for all else.
+    meta: the data set's meta.json. tokens: its Tokens, whose folder tells where the meta.json does not.
     """
-    if isinstance(dataset, dict):
-        return 'python' if str(dataset.get('source', '')).startswith('Python ') else 'english'
-    return 'python' if Path(dataset).name.startswith('pysource') else 'english'
+    if 'source' in meta:
+        is_python = str(meta['source']).startswith('Python ')
+    else:
+        is_source = all(path.suffix == '.py' for path in tokens.paths)
+        is_python = is_source or tokens.path.parent.name.startswith('pysource')
+    return 'python' if is_python else 'english'
 
 
 @dataclass
@@ -88,10 +92,49 @@ class Window:
         return np.where(self.is_end_of_text, 0, np.append(column, 0)[place])
 
 
+class TokenizerBytes:
+    """The bytes of the tokens of a tokenizer of transformers, under the names that tiktoken gives them.
+
+    Its tokens are strings: of characters that stand for bytes each (byte-level BPE, which marks a blank as
+    Ġ), or of text in which ▁ is a blank and <0x0A> a byte (SentencePiece).
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.name = tokenizer, tokenizer.name_or_path
+        self.eot_token = tokenizer.eos_token_id
+        self.special_ids = set(tokenizer.all_special_ids)
+        vocabulary = tokenizer.get_vocab()
+        has_sentencepiece_blank = any(token.startswith('▁') for token in vocabulary)
+        self.is_byte_level = not has_sentencepiece_blank and any('Ġ' in token for token in vocabulary)
+        # Bytes that are no printable character of Latin-1 are written as the characters from 256 on.
+        is_printable = [33 <= byte <= 126 or 161 <= byte <= 255 and byte != 173 for byte in range(256)]
+        others = [byte for byte in range(256) if not is_printable[byte]]
+        self.byte_of = {chr(byte): byte for byte in range(256) if is_printable[byte]}
+        self.byte_of |= {chr(256 + i): byte for i, byte in enumerate(others)}
+
+    def decode_single_token_bytes(self, i):
+        token = self.tokenizer.convert_ids_to_tokens(i)
+        if token is None:
+            raise KeyError(i)
+        if self.is_byte_level and all(character in self.byte_of for character in token):
+            return bytes(self.byte_of[character] for character in token)
+        if re.fullmatch('<0x[0-9A-F]{2}>', token):
+            return bytes([int(token[3:5], 16)])
+        return token.replace('▁', ' ').encode()
+
+
+def special_tokens(encoding):
+    """Returns the ids of the tokens that are no text: the end of text, and what else a tokenizer of
+    transformers has.
+    """
+    return getattr(encoding, 'special_ids', {encoding.eot_token})
+
+
 def token_bytes(ids, encoding):
-    """Returns the bytes of each token, none for an end of text."""
+    """Returns the bytes of each token, none for a special one."""
+    special = special_tokens(encoding)
     try:
-        return [b'' if i == encoding.eot_token else encoding.decode_single_token_bytes(i) for i in ids]
+        return [b'' if i in special else encoding.decode_single_token_bytes(i) for i in ids]
     except KeyError as error:
         raise UserError(
             f'token id {error.args[0]} is not one of the tokenizer {encoding.name}: '
@@ -127,19 +170,26 @@ def read_document(text, reader, begins_document, ends_document):
     return columns
 
 
-def read_window(ids, encoding, language):
-    """ids: (T,) token ids of one window. Returns its Window."""
+def read_window(ids, encoding, language, starts_with_special=False):
+    """ids: (T,) token ids of one window. Returns its Window.
+
+    starts_with_special: whether the first token was put before a window that begins anywhere, so that no
+    document begins after it.
+    """
     if language not in CLASSES:
         raise UserError(f"language is '{language}': expected one of {', '.join(CLASSES)}")
     ids = np.asarray(ids).tolist()
     pieces = token_bytes(ids, encoding)
-    is_end_of_text = np.array([i == encoding.eot_token for i in ids], dtype=bool)
+    special = special_tokens(encoding)
+    is_end_of_text = np.array([i in special for i in ids], dtype=bool)
     edges = [-1, *np.flatnonzero(is_end_of_text), len(ids)]
+    first_whole = 2 if starts_with_special else 1
     documents = []
     for number, (low, high) in enumerate(zip(edges, edges[1:])):
         # A character that the window's edge cuts becomes surrogates, a byte each.
         text = b''.join(pieces[low + 1 : high]).decode('utf-8', 'surrogateescape')
-        documents.append(read_document(text, READERS[language], number > 0, high < len(ids)))
+        begins_document, ends_document = number >= first_whole, high < len(ids)
+        documents.append(read_document(text, READERS[language], begins_document, ends_document))
 
     columns = {'values': {}, 'starts': {}, 'ends': {}}
     for part, name in documents[0]:
@@ -151,19 +201,19 @@ def read_window(ids, encoding, language):
     return Window(np.cumsum([0, *map(len, pieces)]), is_end_of_text, **columns)
 
 
-def classify(ids, encoding, language):
+def classify(ids, encoding, language, starts_with_special=False):
     """ids: (T,) token ids of one window.
 
     Returns (T,) int64: the place of each token's class in CLASSES[language].
     """
-    window = read_window(ids, encoding, language)
+    window = read_window(ids, encoding, language, starts_with_special)
     place = CLASSES[language].index
     of_blanks = np.where(window.holds(window.newline), place('line end'), place('white space'))
     kind = np.where(window.holds(~window.blank), window.at_tokens(window.kind), of_blanks)
     return np.where(window.is_end_of_text, place('end of text'), kind)
 
 
-def structure(ids, encoding, language='python'):
+def structure(ids, encoding, language='python', starts_with_special=False):
     """ids: (T,) token ids of one window. Returns {name: (T,)}, for Python:
 
     line_start: bool, whether the token holds the first byte of a line that is not blank.
@@ -184,7 +234,7 @@ def structure(ids, encoding, language='python'):
 
     What the window cuts has no start and no end. An end of text is 0 and False.
     """
-    window = read_window(ids, encoding, language)
+    window = read_window(ids, encoding, language, starts_with_special)
     found = {name: window.holds(flags) for name, flags in window.starts.items()}
     if language == 'python':
         found['bracket_depth'] = np.minimum(window.at_tokens(window.values['depth']), 3)
@@ -207,3 +257,21 @@ def tokens_since(ends, is_end_of_text):
         if not (ends[i - 1] or is_end_of_text[i - 1] or is_end_of_text[i]):
             since[i] = since[i - 1] + 1
     return since
+
+
+def describe(tokens, starts, encoding, language):
+    """Returns the classes of the tokens of the windows at `starts` and of the one that each predicts last,
+    (N, T + 1), and {name: (N, T + 1)}, what `structure` says of them.
+
+    tokens: Tokens, or Texts of a pretrained model. encoding: their tokenizer, of tiktoken or of transformers.
+    """
+    if not hasattr(encoding, 'decode_single_token_bytes'):
+        encoding = TokenizerBytes(encoding)
+    starts_with_special = tokens.first_token is not None
+    kinds, found = [], []
+    for start in starts:
+        idx, targets = tokens.windows([start])
+        ids = np.append(idx[0].numpy(), targets[0, -1])
+        kinds.append(classify(ids, encoding, language, starts_with_special))
+        found.append(structure(ids, encoding, language, starts_with_special))
+    return np.stack(kinds), {name: np.stack([window[name] for window in found]) for name in found[0]}

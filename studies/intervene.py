@@ -49,7 +49,7 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint import add_run_arguments, check_run_arguments, open_runs
-from data.classes import CLASSES, classify, language_of, structure
+from data.classes import CLASSES, describe, language_of
 from data.loader import UserError, atomic_write, encoding, philox
 from figures import figure, short
 from measure import (
@@ -433,15 +433,9 @@ def finish(results, before, losses, reference, weights, labels, kinds):
 
 def label(tokens, starts, meta):
     """Returns {breakdown: ((N, T) places, names)} of the predicted tokens, and the classes of the inputs, (N, T)."""
-    coder, language = (
-        encoding(meta['tokenizer']),
-        language_of(meta if 'source' in meta else tokens.path.parent.name),
-    )
-    windows = [
-        np.append(idx, targets[-1:]) for idx, targets in zip(*(t.numpy() for t in tokens.windows(starts)))
-    ]
-    kinds = np.stack([classify(ids, coder, language) for ids in windows])
-    since = np.stack([structure(ids, coder, language)['since_line'] for ids in windows])
+    language = language_of(meta, tokens)
+    kinds, found = describe(tokens, starts, encoding(meta['tokenizer']), language)
+    since = found['since_line']
     position, since = (
         np.searchsorted(EDGES, of, 'right') for of in (np.arange(tokens.block_size), since[:, 1:])
     )

@@ -1,115 +1,147 @@
 """
 What do the massive dimensions encode? Probes on a stream of a checkpoint → table, probe.json, probe.png.
 
-    python -m studies.probe --ckpt out/ledger_160m                       every stream, where its outlier is largest and at its last sublayer
-    python -m studies.probe --ckpt out/ledger_demo --stream=C --tokens=2048 --seeds=2     less of it, for a CPU
+    python -m studies.probe --ckpt out/ledger_160m
+        every stream, where its outlier is largest and after its last sublayer
+    python -m studies.probe --ckpt out/ledger_demo --stream=C --tokens=2048 --seeds=2
+        less of it, for a CPU
 
-A probe is told some dimensions of a stream after a sublayer, for one token, and asks what the token is. What it is told:
-- mean:   the `top` dimensions of largest m_j, the mean magnitude over sequences and tokens, at that sublayer; README's fixed_dim_ratio is of the first;
-- start:  the `top` dimensions of largest p_j, the mean magnitude at position 0 (start_ratio);
+A probe is told the values that some dimensions of a stream have after a sublayer, for one token, and asks
+what the token is. What it is told:
+- mean:   the `top` dimensions of largest m_j, the mean magnitude over sequences and tokens, at that
+  sublayer; the fixed-dimension ratio is that of the first;
+- start:  the `top` dimensions of largest p_j, the mean magnitude at position 0 (the start ratio is of the
+  first);
 - random: as many of the other dimensions, drawn anew for each seed;
 - all:    the whole stream.
 
-- Linear probes are logistic regressions; the others have one hidden layer. Each is trained a second time on shuffled labels.
-- Training and test side share neither a document nor a window: attention would carry one document into the next.
-- A dimension is centred on its training median, divided by its interquartile range, and passed through asinh: divided by a standard deviation that
-  the start token alone makes large, all other tokens would be one point.
-- Balanced accuracy is the mean recall over the classes on the test side, of the class that would be most probable if all were equally frequent
-  (its probability over its share of the training side): of 1,024 tokens one is the first, so that accuracy says nothing there.
-- A seed draws the split, the tokens (the first of each window before the others), the random dimensions, the first weights and the shuffling.
-  Intervals are the smallest and the largest over the seeds: their splits overlap, so that nothing narrower would be honest.
+What it asks, for Python source: the class of the token and of the next one, its place in the window,
+whether it starts a line, how many brackets are open, whether it is code, string or comment. For English:
+the same classes and places; whether it starts or ends a sentence or starts a paragraph; how many words of
+its sentence stand before it; whether its word is capitalized. The class tells numbers, punctuation,
+function and content words apart. data/classes.py says how.
 
-probe.json: {"schema": 1, "checkpoint", "iter_num", "data", "settings", "streams": {stream: [{"sublayer", "kind", "because", "mean_dims", "start_dims", "tasks":
-{task: {"classes", "majority", "linear" | "hidden": {"mean" | "start" | "random" | "all": {"accuracy", "shuffled", "selectivity", "balanced",
-"balanced_shuffled"}}}}}]}}, each of the last a share as {"value", "low", "high"} over the seeds. Every share is of the test side.
+- Linear probes are logistic regressions; the others have one hidden layer. Each is trained a second time on
+  shuffled labels.
+- Training and test side share neither a document nor a window, because attention would carry one document
+  into the next.
+- A dimension is centred on its training median, divided by its interquartile range, and passed through
+  asinh. If it were divided by a standard deviation, which the start token alone makes large, all other
+  tokens would be one point.
+- Balanced accuracy is the mean recall over the classes on the test side, where a probe names the class that
+  would be most probable if all were equally frequent (its probability over its share of the training side).
+  Of 1,024 tokens one is the first, so that accuracy says nothing there.
+- A seed draws the split, the tokens (the first of each window before the others), the random dimensions,
+  the first weights and the shuffling. Intervals are the smallest and the largest over the seeds: their
+  splits overlap, so that nothing narrower would be honest.
+
+probe.json:
+    {"schema": 1, "checkpoint", "iter_num", "data", "settings", "streams": {stream: [place]}}
+    place: {"sublayer", "kind", "because", "mean_dims", "start_dims", "tasks": {task: {"classes", "majority",
+            "linear" | "hidden": {"mean" | "start" | "random" | "all": scores}}}}
+    scores: {"accuracy", "shuffled", "selectivity", "balanced", "balanced_shuffled"}
+Majority and scores are shares of the test side as {"value", "low", "high"} over the seeds.
 """
 
 import argparse
 import json
 import math
 import os
+from itertools import count
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from checkpoint import add_run_arguments, check_run_arguments, open_runs
-from data.classes import CLASSES, classify, language_of, structure
+from data.classes import CLASSES, describe, language_of
 from data.loader import UserError, atomic_write, philox
-from figures import figure
+from data.progress import Progress
 from measure import Statistics, at_once, collect, command, hooked, number, window_batches
+from studies.probe_report import SETS, draw, print_run
 
-HIDDEN, STEPS = 32, 200  # units of the hidden layer; steps of AdamW on all training tokens at once
-ADAMW = {
-    'linear': dict(lr=0.1, weight_decay=0),
-    'hidden': dict(lr=0.03, weight_decay=0.5),
-}  # the rate falls to 0 along a cosine; biases never decay
+HIDDEN = 32  # units of the hidden layer
+STEPS = 200  # of AdamW, on all training tokens at once
+# The rate falls to 0 along a cosine. Biases never decay.
+ADAMW = {'linear': dict(lr=0.1, weight_decay=0), 'hidden': dict(lr=0.03, weight_decay=0.5)}
+KINDS = {'linear': 0, 'hidden': HIDDEN}
 TEST_SHARE = 0.3  # of the windows, about
 POSITIONS = 8  # parts of equal length into which a window's positions fall
-SETS = ('mean', 'start', 'random', 'all')
-SET_STYLE = {
-    'mean': dict(color='#D55E00', marker='o'),
-    'start': dict(color='#E69F00', marker='s'),
-    'random': dict(color='#999999', marker='v'),
-    'all': dict(color='#0072B2', marker='^'),
-}  # Okabe and Ito 2008
+# Into these fall the words of a sentence, by how many stand before them.
+WORD_EDGES, WORD_PARTS = (1, 2, 4, 8, 16), ('0', '1', '2–3', '4–7', '8–15', '16–')
 
 
-def label_windows(tokens, starts, bpe, language):
-    """Returns {task: (class names, (N, T) int64)}: what the probes ask of every token of the windows at `starts`."""
-    T, columns = tokens.block_size, []
-    for start in starts:
-        idx, targets = tokens.windows([start])
-        ids = np.append(idx[0].numpy(), targets[0, -1])
-        kind, found = classify(ids, bpe, language), structure(ids, bpe, language)
-        columns.append(
-            (
-                kind[:-1],
-                kind[1:],
-                *(found[key][:-1] for key in ('line_start', 'bracket_depth', 'inside') if key in found),
-            )
-        )
-    kind, following, line_start, *rest = (np.stack(column).astype(np.int64) for column in zip(*columns))
-    position = np.broadcast_to(np.arange(T), kind.shape)
+def label_windows(tokens, starts, encoding, language):
+    """Returns {task: (class names, (N, T) int64)}: what the probes ask of every token of the windows at
+    `starts`.
+    """
+    kind, found = describe(tokens, starts, encoding, language)
+    found = {name: column[:, :-1].astype(np.int64) for name, column in found.items()}
+    T = tokens.block_size
+    position = np.broadcast_to(np.arange(T), (len(starts), T))
+    firsts = [math.ceil(i * T / POSITIONS) for i in range(POSITIONS + 1)]
+    parts = [f'{first}–{following - 1}' for first, following in zip(firsts, firsts[1:])]
     names, yes_no = CLASSES[language], ('no', 'yes')
-    edges = [f'{-(-i * T // POSITIONS)}–{-(-(i + 1) * T // POSITIONS) - 1}' for i in range(POSITIONS)]
     labels = {
-        'token class': (names, kind),
-        'next token class': (names, following),
+        'token class': (names, kind[:, :-1]),
+        'next token class': (names, kind[:, 1:]),
         'first of window': (yes_no, (position == 0).astype(np.int64)),
-        'position': (edges, position * POSITIONS // T),
-        'line start' if rest else 'sentence start': (yes_no, line_start),
+        'position': (parts, position * POSITIONS // T),
     }
-    more = {'bracket depth': ('0', '1', '2', '3 or more'), 'inside': ('code', 'string', 'comment')}
-    return labels | {task: (names, column) for (task, names), column in zip(more.items(), rest)}
+    if language == 'python':
+        labels['line start'] = (yes_no, found['line_start'])
+        labels['bracket depth'] = (('0', '1', '2', '3 or more'), found['bracket_depth'])
+        labels['inside'] = (('code', 'string', 'comment'), found['inside'])
+        return labels
+    word = np.searchsorted(WORD_EDGES, found['word_in_sentence'], 'right')
+    return {
+        **labels,
+        'sentence start': (yes_no, found['sentence_start']),
+        'sentence end': (yes_no, found['sentence_end']),
+        'paragraph start': (yes_no, found['paragraph_start']),
+        'word in sentence': (WORD_PARTS, word),
+        'capitalized': (yes_no, found['capitalized']),
+    }
 
 
-def document_groups(tokens, starts, eot):
-    """Returns (N,) int64: windows have the same number if a chain of shared documents joins them. A document ends with its end of text."""
-    ends = np.concatenate(
-        [
-            np.flatnonzero(np.fromfile(path, '<u2', length, offset=offset) == eot) + end - length
-            for path, length, offset, end in zip(tokens.paths, tokens.lengths, tokens.offsets, tokens.ends)
-        ]
-    )
-    order = np.argsort(
-        starts
-    )  # windows do not overlap and documents are contiguous: only neighbours can share one
-    first, last = (
-        ends.searchsorted(starts[order]),
-        ends.searchsorted(starts[order] + tokens.block_size),
-    )  # its last token is a label
+def document_ends(tokens, end_of_text):
+    """Returns the places at which documents end, counted through all files: end-of-text tokens, or the
+    ends of text files.
+    """
+    if hasattr(tokens, 'ids'):
+        return np.array(tokens.ends) - 1
+    ends = []
+    for path, length, offset, end in zip(tokens.paths, tokens.lengths, tokens.offsets, tokens.ends):
+        ids = np.fromfile(path, '<u2', length, offset=offset)
+        ends.append(np.flatnonzero(ids == end_of_text) + end - length)
+    return np.concatenate(ends)
+
+
+def document_groups(tokens, starts, end_of_text):
+    """Returns (N,) int64: windows have the same number if a chain of shared documents joins them."""
+    ends = document_ends(tokens, end_of_text)
+    # Windows do not overlap and documents are contiguous, so that only neighbours can share one.
+    order = np.argsort(starts)
+    first_document = ends.searchsorted(starts[order])
+    # The token after the window is a label of its last one.
+    last_document = ends.searchsorted(starts[order] + tokens.block_size)
+    begins_group = first_document[1:] > last_document[:-1]
     groups = np.empty(len(starts), dtype=np.int64)
-    groups[order] = np.cumsum(np.append(0, first[1:] > last[:-1]))
+    groups[order] = np.cumsum(np.append(0, begins_group))
     return groups
 
 
 def split_windows(groups, seed):
-    """groups: (N,). Returns (N,) bool, True on the test side: groups in a random order, as long as they leave it near TEST_SHARE."""
+    """groups: (N,).
+
+    Returns (N,) bool, True on the test side: groups in a random order, as long as they leave it near
+    TEST_SHARE.
+    """
     sizes = np.bincount(groups)
     if len(sizes) < 2:
         raise UserError(
-            'all windows belong to one chain of documents, so that no split keeps a document on one side: take other data, or fewer --sequences'
+            'all windows belong to one chain of documents, so that no split keeps a document on one side: '
+            'take other data, or fewer --sequences'
         )
     test, held = np.zeros(len(groups), dtype=bool), 0
     for group in philox(seed, 0).random_raw(len(sizes)).argsort(kind='stable'):
@@ -119,33 +151,48 @@ def split_windows(groups, seed):
     return test
 
 
+def draw_tokens(windows, T, seed, stream):
+    """windows: (n,) their numbers.
+
+    Returns (n · T,) places in (N · T), in random order but for the first tokens of all windows, which come
+    first.
+    """
+    places = (windows[:, None] * T + np.arange(T)).ravel()
+    is_not_first = places % T != 0
+    return places[np.lexsort((philox(seed, stream).random_raw(len(places)), is_not_first))]
+
+
 def draw_samples(groups, T, seeds, count):
-    """Returns train and test, each (S, n) places in (N · T): for each seed tokens of its two sides, three quarters of `count` and one, or what there is.
-    They are in random order, but that the first tokens of all windows come before the others."""
-    sides = [], []
+    """Returns train and test, each (S, n) places in (N · T): for each seed tokens of its two sides,
+    three quarters of `count` and one, or what there is.
+    """
+    train, test = [], []
     for seed in range(seeds):
-        test = split_windows(groups, seed)
-        for side, drawn in enumerate(sides):
-            places = (np.flatnonzero(test == side)[:, None] * T + np.arange(T)).ravel()
-            drawn.append(
-                places[np.lexsort((philox(seed, 1 + side).random_raw(len(places)), places % T != 0))]
-            )
-    return [
-        np.stack([places[: min(share, *map(len, drawn))] for places in drawn])
-        for drawn, share in zip(sides, (count * 3 // 4, count // 4))
-    ]
+        on_test = split_windows(groups, seed)
+        train.append(draw_tokens(np.flatnonzero(~on_test), T, seed, 1))
+        test.append(draw_tokens(np.flatnonzero(on_test), T, seed, 2))
+
+    def cut(drawn, wanted):
+        n = min(wanted, *map(len, drawn))
+        return np.stack([places[:n] for places in drawn])
+
+    return [cut(train, count * 3 // 4), cut(test, count // 4)]
 
 
 class Probes:
-    """Probes for S seeds and H questions at once, on (S, n, f) features. hidden: units of the hidden layer of each, 0 for none.
-    Their parameters meet in no product, and the loss is a sum over them, so that each learns as if it were alone."""
+    """Probes for S seeds and H questions at once, on (S, n, f) features.
+
+    Their parameters meet in no product, and the loss is a sum over them, so that each learns as if it were
+    alone.
+    """
 
     def __init__(self, S, f, sizes, hidden, device):
-        """sizes: how many classes each question has."""
+        """sizes: how many classes each question has. hidden: units of the hidden layer of each, 0 for
+        none.
+        """
         self.H, self.K, self.hidden = len(sizes), max(sizes), hidden
-        self.absent = (
-            torch.arange(self.K, device=device) >= torch.tensor(sizes, device=device)[:, None]
-        )  # (H, K)
+        classes = torch.arange(self.K, device=device)
+        self.absent = classes >= torch.tensor(sizes, device=device)[:, None]  # (H, K)
         width = self.H * (hidden or self.K)
         std = 1 / math.sqrt(f) if hidden else 0
         first = [
@@ -153,10 +200,8 @@ class Probes:
         ]
         self.weights = [torch.stack(first).to(device), torch.zeros(S, 1, width, device=device)]
         if hidden:
-            self.weights += [
-                torch.zeros(S, self.H, hidden, self.K, device=device),
-                torch.zeros(S, self.H, 1, self.K, device=device),
-            ]
+            self.weights.append(torch.zeros(S, self.H, hidden, self.K, device=device))
+            self.weights.append(torch.zeros(S, self.H, 1, self.K, device=device))
         for weight in self.weights:
             weight.requires_grad_()
 
@@ -167,36 +212,42 @@ class Probes:
             y = torch.relu(y) @ self.weights[2] + self.weights[3]
         return y.masked_fill(self.absent[:, None], -math.inf)
 
-    def fit(self, x, labels):
-        """labels: (S, H, n)."""
+    def fit(self, x, labels, after_step=lambda: None):
+        """x: (S, n, f). labels: (S, H, n). Trains the probes and returns them."""
         counts = F.one_hot(labels, self.K).sum(2, keepdim=True)  # (S, H, 1, K)
         self.log_share = (counts / labels.shape[2]).log()
         settings = ADAMW['hidden' if self.hidden else 'linear']
+        matrices, biases = self.weights[::2], self.weights[1::2]
         optimizer = torch.optim.AdamW(
-            [{'params': self.weights[::2]}, {'params': self.weights[1::2], 'weight_decay': 0}], **settings
+            [{'params': matrices}, {'params': biases, 'weight_decay': 0}], **settings
         )
         for step in range(STEPS):
             for group in optimizer.param_groups:
                 group['lr'] = settings['lr'] * (1 + math.cos(math.pi * step / STEPS)) / 2
-            loss = (
-                F.cross_entropy(self.logits(x).flatten(0, 2), labels.flatten(), reduction='sum') / x.shape[1]
-            )
+            losses = F.cross_entropy(self.logits(x).flatten(0, 2), labels.flatten(), reduction='sum')
+            loss = losses / x.shape[1]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            after_step()
         return self
 
     @torch.no_grad()
     def predict(self, x):
-        """Returns two (S, H, n): the most probable class, and the one that would be if all classes were equally frequent."""
+        """Returns two (S, H, n): the most probable class, and the one that would be if all classes were
+        equally frequent.
+        """
         logits = self.logits(x)
-        return logits.argmax(-1), (logits - self.log_share).masked_fill(
-            self.log_share.isinf(), -math.inf
-        ).argmax(-1)
+        fair = (logits - self.log_share).masked_fill(self.log_share.isinf(), -math.inf)
+        return logits.argmax(-1), fair.argmax(-1)
 
 
 def standardize(train, test):
-    """(S, n, f) and (S, m, f). Returns both with each dimension's median over the training tokens at 0 and its quartiles one apart, through asinh."""
+    """(S, n, f) and (S, m, f).
+
+    Returns both with each dimension's median over the training tokens at 0 and its quartiles one apart,
+    through asinh.
+    """
     n = train.shape[1]
     low, median, high = train.sort(1).values[:, [n // 4, n // 2, n * 3 // 4]].unbind(1)
     scale = torch.where(high > low, high - low, 1)[:, None]
@@ -204,18 +255,17 @@ def standardize(train, test):
 
 
 def scores(predicted, fair, labels, K):
-    """predicted, fair: what Probes.predict returns; labels: (S, H, n). Returns accuracy, balanced accuracy, which is `fair`'s, and the largest
-    class's share, each (S, H) float64 numpy."""
-    of_class = torch.stack([labels == k for k in range(K)], -1)  # (S, H, n, K)
-    held, hit = (
-        of_class.sum(2).double(),
-        (of_class & (fair == labels)[..., None]).sum(2).double(),
-    )  # (S, H, K)
+    """predicted, fair: what Probes.predict returns. labels: (S, H, n).
+
+    Returns accuracy, balanced accuracy, which is that of `fair`, and the share of the largest class, each
+    (S, H) float64 numpy."""
+    is_class = torch.stack([labels == k for k in range(K)], -1)  # (S, H, n, K)
+    held = is_class.sum(2).double()  # (S, H, K)
+    hit = (is_class & (fair == labels)[..., None]).sum(2).double()
     balanced = torch.where(held > 0, hit / held, 0).sum(-1) / (held > 0).sum(-1)
-    return [
-        x.cpu().numpy()
-        for x in ((predicted == labels).double().mean(-1), balanced, held.max(-1).values / labels.shape[-1])
-    ]
+    accuracy = (predicted == labels).double().mean(-1)
+    majority = held.max(-1).values / labels.shape[-1]
+    return [x.cpu().numpy() for x in (accuracy, balanced, majority)]
 
 
 def over_seeds(values):
@@ -224,73 +274,82 @@ def over_seeds(values):
 
 
 def choose_dims(m, p, top, seeds):
-    """m, p: (d,) mean magnitudes, over tokens and at position 0. Returns {set: (S, f) int64} dimensions; ties go to the lowest."""
+    """m, p: (d,) mean magnitudes, over tokens and at position 0.
+
+    Returns {set: (S, f) int64} dimensions; ties go to the lowest.
+    """
     mean, start = ((-x).argsort(kind='stable')[:top] for x in (m, p))
     others = np.setdiff1d(np.arange(len(m)), np.union1d(mean, start))
-    random = np.stack(
-        [
-            others[philox(seed, 3).random_raw(len(others)).argsort(kind='stable')[:top]]
-            for seed in range(seeds)
-        ]
-    )
+    orders = [philox(seed, 3).random_raw(len(others)).argsort(kind='stable') for seed in range(seeds)]
     return {
         'mean': np.tile(mean, (seeds, 1)),
         'start': np.tile(start, (seeds, 1)),
-        'random': random,
+        'random': np.stack([others[order[:top]] for order in orders]),
         'all': np.tile(np.arange(len(m)), (seeds, 1)),
     }
 
 
-def probe(x, labels, samples, dims):
-    """x: (N · T, d), a stream after a sublayer. labels: {task: (names, (N, T))}. samples: train and test, (S, n) places. dims: {set: (S, f)}.
-    Returns what probe.json says of each task. A question is a task, then, in the second half, a task with its labels shuffled within each side."""
+def ask(labels, places, stream):
+    """labels: {task: (names, (N, T))}. places: (S, n) of one side.
+
+    Returns (S, 2 · tasks, n): the labels of every task there, and then those of every task shuffled.
+    stream: of the shuffling."""
+    S, n = places.shape
+    true = np.stack([column.ravel()[places] for _, column in labels.values()], 1)
+    orders = [philox(seed, stream).random_raw(n).argsort(kind='stable') for seed in range(S)]
+    shuffled = np.stack([true[seed][:, order] for seed, order in enumerate(orders)])
+    return np.concatenate([true, shuffled], 1)
+
+
+def probe(x, labels, samples, dims, after_step=lambda: None):
+    """x: (N · T, d), a stream after a sublayer. labels: {task: (names, (N, T))}. samples: train and test,
+    (S, n) places. dims: {set: (S, f)}.
+
+    Returns what probe.json says of each task. after_step: called after every step of training, of which
+    there are STEPS for each set and kind."""
     device, S = x.device, len(samples[0])
-    sizes = [len(names) for names, _ in labels.values()] * 2
-    asked = []
-    for side, places in enumerate(samples):
-        true = np.stack([column.ravel()[places] for _, column in labels.values()], 1)  # (S, tasks, n)
-        shuffled = np.stack(
-            [
-                true[seed][:, philox(seed, 4 + side).random_raw(places.shape[1]).argsort(kind='stable')]
-                for seed in range(S)
-            ]
-        )
-        asked.append(torch.from_numpy(np.concatenate([true, shuffled], 1)).to(device))
     places = [torch.from_numpy(side).to(device) for side in samples]
+    questions = [torch.from_numpy(ask(labels, side, 4 + i)).to(device) for i, side in enumerate(samples)]
+    sizes = [len(names) for names, _ in labels.values()] * 2
     report = {task: {'classes': list(names)} for task, (names, _) in labels.items()}
     for name, dim in dims.items():
         columns = torch.from_numpy(dim).to(device)
-        train, test = standardize(*(x[side[:, :, None], columns[:, None, :]] for side in places))
-        for kind, hidden in (('linear', 0), ('hidden', HIDDEN)):
-            probes = Probes(S, dim.shape[1], sizes, hidden, device).fit(train, asked[0])
-            accuracy, balanced, majority = scores(*probes.predict(test), asked[1], max(sizes))
+        told = [x[side[:, :, None], columns[:, None, :]] for side in places]
+        train, test = standardize(*told)
+        for kind, hidden in KINDS.items():
+            probes = Probes(S, dim.shape[1], sizes, hidden, device).fit(train, questions[0], after_step)
+            accuracy, balanced, majority = scores(*probes.predict(test), questions[1], max(sizes))
             for i, task in enumerate(report):
-                control = i + len(report)
+                shuffled = i + len(report)
                 report[task]['majority'] = over_seeds(majority[:, i])
                 report[task].setdefault(kind, {})[name] = {
                     'accuracy': over_seeds(accuracy[:, i]),
-                    'shuffled': over_seeds(accuracy[:, control]),
-                    'selectivity': over_seeds(accuracy[:, i] - accuracy[:, control]),
+                    'shuffled': over_seeds(accuracy[:, shuffled]),
+                    'selectivity': over_seeds(accuracy[:, i] - accuracy[:, shuffled]),
                     'balanced': over_seeds(balanced[:, i]),
-                    'balanced_shuffled': over_seeds(balanced[:, control]),
+                    'balanced_shuffled': over_seeds(balanced[:, shuffled]),
                 }
     return report
 
 
 def choose_sublayers(statistics, stream, asked):
     """Returns {sublayer: why it was chosen}."""
-    ratio = statistics.stream(stream)['fixed_dim_ratio'][0]
     if asked != 'auto':
         return {int(asked): 'asked for'}
-    peak, last = int(np.where(np.isfinite(ratio), ratio, -np.inf).argmax()), len(ratio) - 1
-    return {peak: 'largest fixed-dimension ratio' + ', and the last' * (peak == last)} | (
-        {last: 'the last'} if peak != last else {}
-    )
+    ratio = statistics.stream(stream)['fixed_dim_ratio'][0]
+    last = len(ratio) - 1
+    peak = int(np.where(np.isfinite(ratio), ratio, -np.inf).argmax())
+    if peak == last:
+        return {last: 'largest fixed-dimension ratio, and the last'}
+    return {peak: 'largest fixed-dimension ratio', last: 'the last'}
 
 
 @torch.no_grad()
 def gather(model, tokens, starts, batch_size, wanted):
-    """wanted: a set of (stream, sublayer). Returns {(stream, sublayer): (N · T, d) float32} over the windows at `starts`."""
+    """wanted: pairs of a stream and a sublayer.
+
+    Returns {(stream, sublayer): (N · T, d) float32} over the windows at `starts`.
+    """
     parts = {key: [] for key in wanted}
 
     def on_streams(s, streams):
@@ -298,57 +357,60 @@ def gather(model, tokens, starts, batch_size, wanted):
             if (name, s) in parts:
                 parts[name, s].append(x.flatten(0, 1).float())
 
+    device = next(model.parameters()).device
     with hooked(model, on_streams):
-        for i in range(0, len(starts), batch_size):
-            model(tokens.windows(starts[i : i + batch_size])[0].to(next(model.parameters()).device))
+        for idx, _ in window_batches(tokens, starts, batch_size):
+            model(idx.to(device))
     return {key: torch.cat(part) for key, part in parts.items()}
 
 
-def probe_run(run, args):
-    """Returns what probe.json holds of one checkpoint."""
-    model, tokens, path = run.model, run.tokens, run.path
-    names, d, T = model.stream_names, model.n_embd, tokens.block_size
+def check(run, args):
+    """Refuses what cannot be probed in this run."""
+    names, d, S = run.model.stream_names, run.model.n_embd, len(run.model.sublayers)
     if args.stream not in (*names, 'all'):
         raise UserError(
-            f'--stream={args.stream}, but {path} has {", ".join(names)}: name one of them, or all'
+            f'--stream={args.stream}, but {run.path} has {", ".join(names)}: name one of them, or all'
         )
-    if args.sublayer != 'auto' and not (
-        args.sublayer.isdecimal() and int(args.sublayer) < len(model.sublayers)
-    ):
+    is_sublayer = args.sublayer.isdecimal() and int(args.sublayer) < S
+    if args.sublayer != 'auto' and not is_sublayer:
         raise UserError(
-            f'--sublayer={args.sublayer}, but the sublayers of {path} are 0 to {len(model.sublayers) - 1}: name one of them, or auto'
+            f'--sublayer={args.sublayer}, but the sublayers of {run.path} are 0 to {S - 1}: '
+            'name one of them, or auto'
         )
     if 3 * args.top > d:
         raise UserError(
-            f'--top={args.top}, but {path} has {d} dimensions: ask for at most {d // 3}, so that as many random ones are left'
+            f'--top={args.top}, but {run.path} has {d} dimensions: '
+            f'ask for at most {d // 3}, so that as many random ones are left'
         )
-    folder, starts = tokens.path.parent, tokens.fixed_starts(args.sequences)
-    language = language_of(run.meta if 'source' in run.meta else folder)
+
+
+def probe_run(run, args):
+    """Returns what probe.json holds of an open run."""
+    check(run, args)
+    model, tokens, T = run.model, run.tokens, run.tokens.block_size
+    starts = tokens.fixed_starts(args.sequences, args.seed)
+    language = language_of(run.meta, tokens)
     groups = document_groups(tokens, starts, run.meta['eot'])
     samples = draw_samples(groups, T, args.seeds, args.tokens)
     labels = label_windows(tokens, starts, run.encoding, language)
+
     batch_size = at_once(args.device, T)
     statistics = collect(model, window_batches(tokens, starts, batch_size), Statistics(topk=1))
+    names = [name for name in model.stream_names if args.stream in (name, 'all')]
     chosen = {
-        name: choose_sublayers(statistics, name, args.sublayer)
+        (name, s): why
         for name in names
-        if args.stream in (name, 'all')
+        for s, why in choose_sublayers(statistics, name, args.sublayer).items()
     }
-    features = gather(
-        model,
-        tokens,
-        starts,
-        batch_size,
-        {(name, s) for name, sublayers in chosen.items() for s in sublayers},
-    )
-    streams = {name: [] for name in chosen}
-    for name, sublayers in chosen.items():
-        for s, why in sublayers.items():
-            dims = choose_dims(
-                *(statistics.mean((name, s, part))[0] for part in ('magnitude', 'start')),
-                args.top,
-                args.seeds,
-            )
+    features = gather(model, tokens, starts, batch_size, chosen)
+
+    streams = {name: [] for name in names}
+    steps = len(chosen) * len(SETS) * len(KINDS) * STEPS
+    done = count(1)
+    with Progress(f'probing {run.name}:', steps, 'steps') as progress:
+        for (name, s), why in chosen.items():
+            m, p = (statistics.mean((name, s, part))[0] for part in ('magnitude', 'start'))
+            dims = choose_dims(m, p, args.top, args.seeds)
             streams[name].append(
                 {
                     'sublayer': s,
@@ -356,19 +418,21 @@ def probe_run(run, args):
                     'because': why,
                     'mean_dims': dims['mean'][0].tolist(),
                     'start_dims': dims['start'][0].tolist(),
-                    'tasks': probe(features.pop((name, s)), labels, samples, dims),
+                    'tasks': probe(
+                        features.pop((name, s)), labels, samples, dims, lambda: progress.show(next(done))
+                    ),
                 }
             )
     return {
         'schema': 1,
-        'checkpoint': str(path),
+        'checkpoint': str(run.path),
         'iter_num': run.iter_num,
         'data': {
             **run.data,
             'language': language,
             'sequences': len(starts),
             'block_size': T,
-            'seed': 0,
+            'seed': args.seed,
             'document_groups': int(groups.max()) + 1,
             'train_tokens': samples[0].shape[1],
             'test_tokens': samples[1].shape[1],
@@ -376,97 +440,6 @@ def probe_run(run, args):
         'settings': {'top': args.top, 'seeds': args.seeds, 'hidden': HIDDEN, 'steps': STEPS, 'adamw': ADAMW},
         'streams': streams,
     }
-
-
-def print_run(name, report):
-    """A block for each stream and sublayer, two lines a task, four columns of what the probe is told."""
-    data, settings = report['data'], report['settings']
-    print(
-        f'\n{name}, iteration {report["iter_num"]}: {data["train_tokens"]} tokens to train on and {data["test_tokens"]} to test on, '
-        f'of {data["sequences"]} windows\nin {data["document_groups"]} groups that share no document, {data["name"]} {data["split"]}; {settings["seeds"]} seeds. In %: '
-        'accuracy ± half its range over the seeds,\n± accuracy above shuffled labels, balanced accuracy. Majority: accuracy of the largest class'
-    )
-    for stream, places in report['streams'].items():
-        for place in places:
-            print(
-                f'\n{stream} after {place["kind"]} {place["sublayer"]} ({place["because"]}); dimensions: mean {place["mean_dims"]}\nstart {place["start_dims"]}'
-            )
-            print(f'{"majority":>29}' + ''.join(f'{title:>20}' for title in SETS))
-            for task, t in place['tasks'].items():
-                for kind in ('linear', 'hidden'):
-                    row = (
-                        f'{task:16} linear{100 * t["majority"]["value"]:6.1f}'
-                        if kind == 'linear'
-                        else f'{"hidden":>23}{"":6}'
-                    )
-                    for told in SETS:
-                        q = t[kind][told]
-                        half = 50 * (q['accuracy']['high'] - q['accuracy']['low'])
-                        row += f'{100 * q["accuracy"]["value"]:.1f}±{half:.{int(half < 10)}f}{100 * q["selectivity"]["value"]:+6.1f}{100 * q["balanced"]["value"]:4.0f}'.rjust(
-                            20
-                        )
-                    print(row)
-
-
-def draw(name, report, path):
-    """A panel for each stream and sublayer: balanced accuracy in every task, for what the probe is told; bars from the smallest to the largest over the seeds."""
-    panels = [(stream, place) for stream, places in report['streams'].items() for place in places]
-    top = report['settings']['top']
-    with figure(
-        path,
-        f'{name}, iteration {report["iter_num"]}: what probes read from a stream\n'
-        f'mean, start: the {top} largest dimensions over all tokens or at position 0; random: {top} others; all: every one',
-        len(panels),
-        1,
-        (10, 3),
-    ) as axes:
-        for axis, (stream, place) in zip(axes, panels):
-            for i, told in enumerate(SETS):
-                for kind, shift in (('linear', -0.045), ('hidden', 0.045)):
-                    rows = [t[kind][told] for t in place['tasks'].values()]
-                    x = np.arange(len(rows)) + (i - 1.5) * 0.2 + shift
-                    value, low, high = (
-                        100 * np.array([q['balanced'][key] for q in rows]) for key in ('value', 'low', 'high')
-                    )
-                    axis.errorbar(
-                        x,
-                        value,
-                        (value - low, high - value),
-                        linestyle='',
-                        markersize=5,
-                        linewidth=1,
-                        **SET_STYLE[told],
-                        markerfacecolor=SET_STYLE[told]['color'] if kind == 'linear' else 'white',
-                        label=f'{told}, {kind}',
-                    )
-                    axis.hlines(
-                        [100 * q['balanced_shuffled']['value'] for q in rows],
-                        x - 0.045,
-                        x + 0.045,
-                        color='#000000',
-                        linewidth=1.2,
-                        label='shuffled labels' if (i, kind) == (3, 'hidden') else None,
-                    )
-            axis.hlines(
-                [100 / len(t['classes']) for t in place['tasks'].values()],
-                np.arange(len(rows)) - 0.45,
-                np.arange(len(rows)) + 0.45,
-                color='#CC79A7',
-                linestyle='--',
-                linewidth=1,
-                zorder=1,
-                label='chance: 1 ÷ number of classes',
-            )
-            axis.set(
-                title=f'{stream} after {place["kind"]} {place["sublayer"]} ({place["because"]})',
-                ylabel='balanced accuracy (%)',
-                ylim=(0, 105),
-            )
-            axis.set_xticks(range(len(place['tasks'])), list(place['tasks']))
-            axis.grid(alpha=0.3, axis='y')
-        axes[0].figure.legend(
-            *axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=5, fontsize='small'
-        )
 
 
 def parse_arguments(argv):
@@ -478,7 +451,7 @@ def parse_arguments(argv):
     parser.add_argument(
         '--sublayer',
         default='auto',
-        help='0 to 2 · n_layer − 1; auto (default): where the fixed-dimension ratio is largest, and the last',
+        help='a number; or auto (default): where the fixed-dimension ratio is largest, and the last',
     )
     parser.add_argument(
         '--top',
@@ -490,7 +463,7 @@ def parse_arguments(argv):
         '--tokens',
         type=int,
         default=16384,
-        help='tokens a seed draws from them, a quarter of them to test on (default 16384)',
+        help='tokens a seed draws from the windows, a quarter of them to test on (default 16384)',
     )
     parser.add_argument('--seeds', type=int, default=5, help='how often to draw and train (default 5)')
     args = parser.parse_args(argv)
@@ -498,20 +471,19 @@ def parse_arguments(argv):
     return args
 
 
-def run(argv):
+def probe_all(argv):
     args = parse_arguments(argv)
     for run in open_runs(args):
-        out, suffix, name = run.out, run.suffix, run.name
         report = probe_run(run, args)
-        with atomic_write(out / f'probe{suffix}.json', 'w') as file:
+        with atomic_write(run.out / f'probe{run.suffix}.json', 'w') as file:
             json.dump(report, file, indent=1)
-        draw(name, report, out / f'probe{suffix}.png')
-        print_run(name, report)
-        print(f'written: {os.path.relpath(out)}/probe{suffix}.json, probe{suffix}.png')
+        draw(run.name, report, run.out / f'probe{run.suffix}.png')
+        print_run(run.name, report)
+        print(f'written: {os.path.relpath(run.out)}/probe{run.suffix}.json, probe{run.suffix}.png')
 
 
 def main(argv=None):
-    command(run, argv, 'these probes: use fewer --sequences or --tokens, or --device=cpu')
+    command(probe_all, argv, 'these probes: use fewer --sequences or --tokens, or --device=cpu')
 
 
 if __name__ == '__main__':

@@ -1,6 +1,7 @@
 """The specification of data/classes.py and data/python_source.py.
 
-Lines are labelled by hand, byte by byte and in GPT-2's tokens; whole files are held to the standard library's tokenize.
+Lines are labelled by hand, byte by byte and in GPT-2's tokens; whole files are held to the standard
+library's tokenize.
 """
 
 import importlib.util
@@ -8,12 +9,14 @@ import keyword
 import tokenize
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from test_data import needs_gpt2
 
-from data.classes import CLASSES, classify, language_of, structure
+from data.classes import CLASSES, TokenizerBytes, classify, describe, language_of, structure
 from data.loader import UserError, encoding
 
 BYTES, EOT = encoding('bytes'), 256
@@ -149,7 +152,10 @@ def test_gpt2_tokens_labelled_by_hand(language, tokens):
 
 
 def by_tokenize(text):
-    """Returns the class of each character by tokenize, None for those that are in no token or that are blank. An f-string is one string: Python 3.12 takes it apart."""
+    """Returns the class of each character by tokenize, None for those that are in no token or that are blank.
+
+    An f-string is one string: Python 3.12 takes it apart.
+    """
     lines, classes, begun = [0, *np.cumsum([len(line) for line in StringIO(text)])], [None] * len(text), []
     kinds = {
         tokenize.OP: 'operator',
@@ -330,19 +336,66 @@ def test_any_bytes_can_be_read():
 
 
 @pytest.mark.parametrize(
-    'dataset, language',
+    'meta, path, language',
     [
-        ('pysource', 'python'),
-        ('data/pysource_demo', 'python'),
-        ('fineweb_edu', 'english'),
-        ('pysource/text', 'english'),
-        ({'source': 'Python 3.11.7 standard library'}, 'python'),
-        ({'source': 'text'}, 'english'),
-        ({}, 'english'),
+        ({'source': 'Python 3.11.7 standard library'}, 'data/mine/val.bin', 'python'),
+        ({'source': 'text'}, 'data/pysource/val.bin', 'english'),
+        ({}, 'data/pysource_demo/val.bin', 'python'),
+        ({}, 'data/fineweb_edu/val.bin', 'english'),
+        ({}, 'pysource/text/val.bin', 'english'),
+        ({}, 'anything/model.py', 'python'),
+        ({}, 'anything/novel.txt', 'english'),
     ],
 )
-def test_the_language_follows_from_the_dataset(dataset, language):
-    assert language_of(dataset) == language
+def test_the_language_follows_from_the_dataset(meta, path, language):
+    assert language_of(meta, SimpleNamespace(path=Path(path), paths=[Path(path)])) == language
+
+
+def window_of(ids, first_token=None):
+    """Tokens that have one window, of these ids."""
+    window = torch.tensor([ids])
+    windows = lambda starts: (window[:, :-1], window[:, 1:])  # noqa: E731
+    return SimpleNamespace(windows=windows, first_token=first_token)
+
+
+def test_a_token_that_stands_before_every_window_begins_no_document():
+    ids = ids_of('⏹the lazy dog it is\nx = 1\n')
+    after_document, _ = describe(window_of(ids), [0], BYTES, 'python')
+    anywhere, found = describe(window_of(ids, first_token=EOT), [0], BYTES, 'python')
+    assert letters(after_document[0], 'python').startswith('ennn.nnnn')
+    assert letters(anywhere[0], 'python').startswith('eccc.cccc')
+    assert found['line_start'][0].nonzero()[0].tolist() == [20]
+
+
+class Characters:
+    """A tokenizer of transformers, as far as classes need it. vocabulary: its tokens, by id."""
+
+    name_or_path, eos_token_id, all_special_ids = 'characters', 0, [0, 1]
+
+    def __init__(self, *vocabulary):
+        self.vocabulary = vocabulary
+
+    def get_vocab(self):
+        return {token: i for i, token in enumerate(self.vocabulary)}
+
+    def convert_ids_to_tokens(self, i):
+        return self.vocabulary[i] if i < len(self.vocabulary) else None
+
+
+@pytest.mark.parametrize(
+    'tokenizer',
+    [
+        Characters('</s>', '<s>', '▁The', '▁caf', 'é', '.', '<0x0A>', '▁5'),
+        Characters('</s>', '<s>', 'ĠThe', 'Ġcaf', 'Ã©', '.', 'Ċ', 'Ġ5'),
+    ],
+    ids=['SentencePiece', 'byte-level BPE'],
+)
+def test_tokenizers_of_transformers_are_read_too(tokenizer):
+    kinds, found = describe(window_of([1, 2, 3, 4, 5, 6, 7, 0]), [0], tokenizer, 'english')
+    assert letters(kinds[0], 'english') == 'efwwp/1e'
+    assert found['sentence_start'][0].tolist() == [0, 1, 0, 0, 0, 0, 1, 0]
+    pieces = [TokenizerBytes(tokenizer).decode_single_token_bytes(i) for i in range(2, 8)]
+    assert b''.join(pieces).decode() == ' The café.\n 5'
 
 
 def test_an_id_that_the_tokenizer_lacks_and_an_unknown_language_are_refused():

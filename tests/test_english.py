@@ -1,4 +1,6 @@
-"""The specification of data/english.py: sentences, paragraphs and words, told by rule and labelled here by hand."""
+"""The specification of data/english.py: sentences, paragraphs and words, told by rule and labelled here
+by hand.
+"""
 
 import numpy as np
 import pytest

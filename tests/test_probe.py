@@ -347,11 +347,22 @@ def test_english_has_sentences_and_no_brackets(tmp_path):
     labels = label_windows(
         Tokens(tmp_path / 'data', 'val', 12, 257), np.array([20]), encoding('bytes'), 'english'
     )
-    assert (
-        list(labels) == ['token class', 'next token class', 'first of window', 'position', 'sentence start']
-        and labels['token class'][0] == CLASSES['english']
-    )
+    assert list(labels)[:4] == ['token class', 'next token class', 'first of window', 'position']
+    assert list(labels)[4:] == [
+        'sentence start',
+        'sentence end',
+        'paragraph start',
+        'word in sentence',
+        'capitalized',
+    ]
+    assert labels['token class'][0] == CLASSES['english']
+    # It is. So (we)
     assert np.flatnonzero(labels['sentence start'][1][0]).tolist() == [7]
+    assert np.flatnonzero(labels['sentence end'][1][0]).tolist() == [5]
+    assert not labels['paragraph start'][1].any()
+    assert labels['word in sentence'][1][0].tolist() == [0, 0, 1, 1, 1, 2, 2, 0, 0, 1, 1, 1]
+    assert labels['capitalized'][1][0].tolist() == [1, 1, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0]
+    assert all(column.max() < len(names) for names, column in labels.values())
 
 
 # ---- Dimensions and sublayers
