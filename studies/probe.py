@@ -57,7 +57,7 @@ from checkpoint import add_run_arguments, check_run_arguments, open_runs
 from data.classes import CLASSES, describe, language_of
 from data.loader import UserError, atomic_write, philox
 from data.progress import Progress
-from measure import Statistics, at_once, collect, command, hooked, number, window_batches
+from measure import Statistics, collect, command, hooked, number, sequences_at_once, window_batches
 from studies.probe_report import SETS, draw, print_run
 
 HIDDEN = 32  # units of the hidden layer
@@ -394,7 +394,7 @@ def probe_run(run, args):
     samples = draw_samples(groups, T, args.seeds, args.tokens)
     labels = label_windows(tokens, starts, run.encoding, language)
 
-    batch_size = at_once(args.device, T)
+    batch_size = sequences_at_once(model, args.device, T)
     statistics = collect(model, window_batches(tokens, starts, batch_size), Statistics(topk=1))
     names = [name for name in model.stream_names if args.stream in (name, 'all')]
     chosen = {

@@ -1,4 +1,6 @@
-"""What every test shares: the import path, the `gpu` and `slow` markers, and GPT-2's BPE files if they are at hand."""
+"""What every test shares: the import path, the `gpu` and `slow` markers, and GPT-2's BPE files if they
+are at hand.
+"""
 
 from pathlib import Path
 
@@ -27,3 +29,14 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason='needs a CUDA GPU'))
         if item.get_closest_marker('slow') and not config.getoption('--slow'):
             item.add_marker(pytest.mark.skip(reason='slow: run with --slow'))
+
+
+@pytest.fixture(scope='module')
+def one_thread():
+    """Tensors of tests are so small that a second thread makes them five times slower where other work
+    has the cores.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

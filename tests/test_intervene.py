@@ -34,6 +34,8 @@ from studies.intervene import (
     with_controls,
 )
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 N, T, D, S, K = 6, 16, 20, 4, 3
 SMALL = dict(block_size=T, vocab_size=257, n_layer=S // 2, n_head=2, n_embd=D, gate_rank=3)
 ARMS = {'baseline': dict(qk_norm=True), 'ledger': dict(residual='ledger'), 'bias': dict(attn_bias_kv=True)}
@@ -67,15 +69,6 @@ def random_model(arm):
         model.pos_emb.weight[0, 5] += 8
         model.pos_emb.weight[:, 7] += 2
     return model
-
-
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    """Tensors this small are five times slower on two threads, where other work has the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope='module')

@@ -1,4 +1,6 @@
-"""The specification of probe.py: labels planted where they must be found, and definitions computed again in numpy, a token at a time."""
+"""The specification of probe.py: labels planted where they must be found, and definitions computed again
+in numpy, a token at a time.
+"""
 
 import json
 from contextlib import redirect_stdout
@@ -26,6 +28,8 @@ from studies.probe import (
     split_windows,
     standardize,
 )
+
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 EOT, N, T, S = 256, 20, 100, 2  # windows, tokens of each, seeds, of the planted streams
 PYTHON = [
@@ -69,7 +73,9 @@ def command(*flags):
 
 @pytest.fixture(scope='module')
 def planted():
-    """What probes say of a random stream, whose dimensions 2 and 5 are large and know the labels; dimension 7 is large and knows nothing."""
+    """What probes say of a random stream, whose dimensions 2 and 5 are large and know the labels;
+    dimension 7 is large and knows nothing.
+    """
     rng = np.random.default_rng(0)
     x = rng.normal(size=(N * T, 14))
     sign, half = x[:, 2] > 0, np.where(x[:, 2] > 0.67, 2, x[:, 2] > -0.67)
@@ -223,7 +229,10 @@ def test_dimensions_are_centred_and_scaled_by_the_training_side_alone():
 
 
 def sharded(folder, lengths):
-    """Two shards of documents of these lengths, the first shard ended in the middle of the fourth document. Returns the document of each token."""
+    """Two shards of documents of these lengths, the first shard ended in the middle of the fourth document.
+
+    Returns the document of each token.
+    """
     ids, of = [], []
     for number, length in enumerate(lengths):
         ids += [65] * (length - 1) + [EOT]
