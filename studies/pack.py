@@ -5,11 +5,11 @@ Makes the files of a run small enough for git: results/ holds nothing else than 
     python -m studies.pack --again results/english                           what is packed already, once more
 
 What is packed:
-- numbers have four significant digits; losses have six, since they are compared within 0.01 nats;
+- numbers have four significant digits; losses and ratios of perplexities have six; logs have three;
 - measure.json keeps every headline, and of each sublayer what a verdict, a table or a figure reads;
 - an untrained measurement (measure_0.json) is there once: the measure.json of a run that shares it names
   the run that has it, under "untrained", and `untrained_report` finds it;
-- log.jsonl keeps the quantities that the figures draw;
+- log.jsonl keeps the quantities that the figures draw, in at most 24 lines;
 - controls.json, intervene.json and probe.json keep what the tables show; other JSON files are only rounded;
 - pictures stay behind, for figures.py draws them again.
 
@@ -23,13 +23,15 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from checkpoint import read_log
 from data.loader import UserError, atomic_write
 from figures import PROFILE
-from measure import QUOTED_AT
 
-DIGITS, LOSS_DIGITS = 4, 6  # significant
-LOSSES = ('loss', 'val_loss', 'train_loss')
+DIGITS, FINE_DIGITS, LOG_DIGITS = 4, 6, 3  # significant
+FINE = ('loss', 'val_loss', 'train_loss', 'ratio')  # what is compared at a thousandth
+LOG_LINES = 24
 
 # Of a sublayer in measure.json: what has an interval there that a verdict reads.
 JUDGED_AT_SUBLAYER = (
@@ -39,15 +41,24 @@ JUDGED_AT_SUBLAYER = (
     'relative_start_concentration',
     'kurtosis',
 )
-LOGGED = ('iter', 'tokens', 'val_loss', 'train_loss', 'lr', 'commit_rate', 'precision', 'streams')
-LOGGED_OF_STREAM = (*PROFILE, *QUOTED_AT.values(), 'persistence', 'start_persistence')
+LOGGED = ('iter', 'tokens', 'val_loss', 'train_loss', 'lr', 'commit_rate', 'precision', 'tokens_per_s')
+LOGGED_OF_STREAM = (*PROFILE, 'persistence', 'start_persistence')
+# Of each kind of window in controls.json.
+CONTROLLED = (
+    'fixed_dim_ratio',
+    'start_ratio',
+    'start_token_concentration',
+    'persistence',
+    'kurtosis',
+    'max_over_median',
+)
 
 
 def rounded(x, digits=DIGITS):
     """Returns x, any JSON value, with its floats at so many significant digits.
-    What stands under a key of LOSSES keeps LOSS_DIGITS; what is not finite becomes None."""
+    What stands under a key of FINE keeps FINE_DIGITS; what is not finite becomes None."""
     if isinstance(x, dict):
-        return {key: rounded(value, LOSS_DIGITS if key in LOSSES else digits) for key, value in x.items()}
+        return {key: rounded(value, FINE_DIGITS if key in FINE else digits) for key, value in x.items()}
     if isinstance(x, list | tuple):
         return [rounded(value, digits) for value in x]
     if isinstance(x, float):
@@ -65,7 +76,7 @@ def without(x, names):
 
 
 def compact_sublayer(sublayer):
-    """Returns a sublayer's entry in measure.json with its largest magnitude and the intervals that are judged."""
+    """Returns a sublayer's entry in measure.json with its largest magnitude and the judged intervals."""
     kept = {key: value for key, value in sublayer.items() if key != 'top_mean'}
     kept['top'] = sublayer.get('top', [])[:1]
     if 'intervals' in sublayer:
@@ -83,27 +94,47 @@ def compact_measure(report):
     return rounded(report)
 
 
-def compact_log(lines):
-    """lines: of a log.jsonl. Returns them with what a figure draws, and the rate of training."""
-    return [
-        {
-            **{key: rounded(value) for key, value in line.items() if key in (*LOGGED, 'tokens_per_s')},
-            **{key: rounded(line[key], LOSS_DIGITS) for key in LOSSES if key in line},
-            'streams': {
-                name: rounded({key: stream[key] for key in LOGGED_OF_STREAM if key in stream})
-                for name, stream in line['streams'].items()
-            },
-        }
-        for line in lines
-    ]
+def thinned(lines, most=LOG_LINES):
+    """Returns at most so many lines of a log, even over log(1 + step), with the first and the last."""
+    if len(lines) <= most:
+        return lines
+    place = np.log1p([line['iter'] for line in lines])
+    wanted = np.linspace(place[0], place[-1], most)
+    nearest = {int(np.abs(place - x).argmin()) for x in wanted}
+    return [lines[i] for i in sorted(nearest)]
+
+
+def compact_line(line):
+    """Returns what is packed of a line of log.jsonl."""
+    kept = rounded({key: line[key] for key in LOGGED if key in line}, LOG_DIGITS)
+    kept['streams'] = {
+        name: rounded({key: stream[key] for key in LOGGED_OF_STREAM if key in stream}, LOG_DIGITS)
+        for name, stream in line['streams'].items()
+    }
+    return kept
+
+
+def compact_windows(window):
+    """Returns what is packed of one kind of window in controls.json."""
+    streams = {
+        name: {key: value for key, value in stream.items() if key in CONTROLLED}
+        for name, stream in window.get('streams', {}).items()
+    }
+    return {**window, 'streams': streams} if streams else window
 
 
 def compact_controls(report):
-    """Returns what is packed of a controls.json: no lists of dimensions, and the commits after the last sublayer."""
+    """Returns what is packed of a controls.json: no dimensions, and only the commits after the last."""
     report = without(report, ('largest_by', 'likeness', 'identity_signed', 'map_signed'))
+    report['windows'] = {kind: compact_windows(window) for kind, window in report.get('windows', {}).items()}
     if 'commits' in report:
         report['commits'] = {'last': report['commits']['last']}
     return rounded(report)
+
+
+def compact_emergence(report):
+    """Returns what is packed of an emergence.json: the summaries; fits are made again from logs."""
+    return rounded(without(report, ('series',)))
 
 
 def compact_intervene(report):
@@ -122,6 +153,7 @@ COMPACT = {
     'controls.json': compact_controls,
     'intervene.json': compact_intervene,
     'probe.json': compact_probe,
+    'emergence.json': compact_emergence,
     'onset.json': rounded,
     'quantize.json': rounded,
     'recipe.json': lambda report: report,
@@ -136,10 +168,15 @@ def read_json(path):
         raise UserError(f'{path} is not readable as JSON ({error}): make it again') from None
 
 
+def compact_json(value):
+    """Returns a JSON value as text without blanks."""
+    return json.dumps(value, separators=(',', ':'), ensure_ascii=False)
+
+
 def write_json(path, value):
-    """Writes a JSON value without blanks; the file is whole or not there."""
+    """Writes a JSON value; the file is whole or not there."""
     with atomic_write(path, 'w') as file:
-        file.write(json.dumps(value, separators=(',', ':'), ensure_ascii=False) + '\n')
+        file.write(compact_json(value) + '\n')
 
 
 def untrained_report(folder):
@@ -178,7 +215,7 @@ def is_named_elsewhere(target):
 
 def pack_run(source, target):
     """Packs the files of the run in the folder `source` into the folder `target`, which may be the same one.
-    Returns the names of the files that it has written; recipe.json is the last: a run that has it is whole."""
+    Returns the names of the files that it has written, recipe.json last: a run that has it is whole."""
     target.mkdir(parents=True, exist_ok=True)
     packed = {
         name: compact(report)
@@ -197,7 +234,7 @@ def pack_run(source, target):
         write_json(target / name, report)
     if lines := read_log(source / 'log.jsonl'):
         with atomic_write(target / 'log.jsonl', 'w') as file:
-            file.writelines(json.dumps(line, separators=(',', ':')) + '\n' for line in compact_log(lines))
+            file.writelines(f'{compact_json(line)}\n' for line in map(compact_line, thinned(lines)))
         packed['log.jsonl'] = lines
     if recipe is not None:
         write_json(target / 'recipe.json', recipe)

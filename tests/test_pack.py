@@ -88,9 +88,18 @@ def test_a_log_keeps_what_figures_draw(tmp_path):
     pack.pack_run(source, tmp_path / 'results/a')
     lines = [json.loads(line) for line in (tmp_path / 'results/a/log.jsonl').read_text().splitlines()]
     assert [line['iter'] for line in lines] == [0, 1, 2] and lines[0]['val_loss'] == 3.69123
-    assert lines[1]['streams']['h']['start_ratio'] == [1.235, None] and 'top1' not in lines[1]['streams']['h']
+    assert lines[1]['streams']['h']['start_ratio'] == [1.23, None] and 'top1' not in lines[1]['streams']['h']
     draw_series('a', lines, tmp_path / 'series.png')
     draw_profile('a', packed(tmp_path / 'results/a'), tmp_path / 'profile.png')
+
+
+def test_a_long_log_is_thinned_evenly_over_the_logarithm_of_the_step_and_keeps_both_ends():
+    lines = [log_line(i) for i in (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, *range(500, 14001, 500))]
+    steps = [line['iter'] for line in pack.thinned(lines)]
+    assert steps[:10] == [0, 1, 2, 4, 8, 16, 32, 64, 128, 256] and steps[-1] == 14000
+    assert 12 < len(steps) <= 24 and pack.thinned(lines[:24]) == lines[:24]
+    late = [b / a for a, b in zip(steps[10:], steps[11:])]
+    assert max(late) < 2.1
 
 
 def test_arms_that_share_their_untrained_weights_share_one_measurement_of_them(tmp_path):
@@ -125,26 +134,37 @@ def test_without_the_run_that_has_the_untrained_measurement_one_sentence_says_so
 
 def test_other_reports_keep_what_tables_show(tmp_path):
     place = {'identity': [0.5], 'map': [0.25], 'identity_signed': [0.5], 'map_share': 0.123456}
+    window = {'start_ratio': {'value': 8.2}, 'median': {'value': 1.0}}
     ratio = {'value': 1.00012345, 'low': 1.0, 'high': 1.1}
     change = {'what': 'top', 'entries': [[1, 2]], 'edit': {'ratio': ratio, 'by': {'a': 1}}}
     source = write_run(
         tmp_path / 'out/a',
-        controls={'commits': {'last': {'mean': place}, 'peak': {}}, 'likeness': {}},
+        controls={
+            'windows': {'document': {'sequences': 1}, 'anywhere': {'streams': {'C': window}}},
+            'commits': {'last': {'mean': place}, 'peak': {}},
+            'likeness': {},
+        },
         intervene={'results': [change], 'sweep': [1]},
         probe={'linear': {'balanced': 0.123456, 'accuracy': 1.0}, 'hidden': {}},
         quantize={'W8': 1.23456789},
+        emergence={'summary': [{'r2': 0.987654}], 'series': [1.0]},
         recipe={'commit': 'abc'},
     )
     names = pack.pack_run(source, tmp_path / 'results/a')
-    assert names[-1] == 'recipe.json' and len(names) == 7
+    assert names[-1] == 'recipe.json' and len(names) == 8
     folder = tmp_path / 'results/a'
     assert packed(folder, 'controls.json') == {
-        'commits': {'last': {'mean': {'identity': [0.5], 'map': [0.25], 'map_share': 0.1235}}}
+        'windows': {
+            'document': {'sequences': 1},
+            'anywhere': {'streams': {'C': {'start_ratio': {'value': 8.2}}}},
+        },
+        'commits': {'last': {'mean': {'identity': [0.5], 'map': [0.25], 'map_share': 0.1235}}},
     }
     assert packed(folder, 'intervene.json') == {
-        'results': [{'what': 'top', 'edit': {'ratio': {'value': 1.0, 'low': 1.0, 'high': 1.1}}}]
+        'results': [{'what': 'top', 'edit': {'ratio': {'value': 1.00012, 'low': 1.0, 'high': 1.1}}}]
     }
     assert packed(folder, 'probe.json') == {'linear': {'balanced': 0.1235}}
+    assert packed(folder, 'emergence.json') == {'summary': [{'r2': 0.9877}]}
     assert packed(folder, 'quantize.json') == {'W8': 1.235}
 
 
