@@ -1,615 +1,508 @@
 """
-The verdicts on the four published claims, by rules that were fixed before the runs, with every number that went into them.
+The verdicts on the claims about the outlier, by rules that were fixed before the runs.
 
-    python -m studies.verdicts                    the runs packed beside this file
-    python -m studies.verdicts out/packed         those that run.sh has packed
+    python -m studies.verdicts results/english                             the rules of 2026-11-28
+    python -m studies.verdicts results/comparison_160m --rules=first       those of 2026-11-21, for older runs
+    python -m studies.verdicts results/comparison_160m --post-hoc          older runs by the newer rules
 
-Prints Markdown tables and draws onset.png (when the outlier appears) and commits.png (what C is committed from) from <arm>_<scale>_<seed>/: measure.json and measure_0.json,
-the same of the untrained weights, log.jsonl, controls.json.
+Prints Markdown, with every number behind every verdict. The rules, in short:
 
-- Apart: the 95% intervals over sequences do not overlap. Each quantity of a claim is judged in every seed: all hold: reproduced; some: partly; none: not.
-- A stream has a start-token outlier if its start ratio is at least 3 times the untrained model's, apart; its start persistence is at least 0.5; and its start-token concentration is
-  above the untrained model's, apart: all three, or it has none.
-- Losses are matched within 0.01 nats: with a baseline of the same seed whose own, shorter cosine ends there (baseline_short<steps>); beside it, without intervals,
-  every run's training-time series is interpolated at the loss that all of the seed's runs reach.
-- Quantities rise with α if they never fall from dose to dose and the two ends are apart.
+- Seed 1337 was a pilot: it is shown and never counted. A claim holds if it does in every seed that counts.
+- Every quantity is read three times. *Decoded*: after the last sublayer, which is what the head sees, at the
+  same depth in every arm. *Along the depth*: in at least half of the sublayers that count, which are those
+  where the mean norm of the stream is at least a tenth of its largest. *Published*: the headline of
+  measure.json, at the quantity's own peak over all sublayers; a concentration where m of its dimension peaks.
+- Two objects, against the untrained weights. An *outlier dimension*: the fixed-dimension ratio is at least 3
+  times the untrained. A *start-token outlier*: the start ratio is at least 3 times the untrained, and the
+  relative start concentration of its dimension is at least 1.5. Along the depth, the same dimension is the
+  largest in at least half of the sublayers that count.
+- *Apart* and *at least* are meant between the near ends of 95% intervals over sequences.
+- Losses are matched within 0.01 nats, with a baseline of the same seed.
+
+Older runs have no intervals at single sublayers. With --post-hoc the value alone takes the place of a missing
+interval, and a dagger marks the condition. Their relative start concentration is that of controls.json, at
+the sublayer where m of the dominant dimension peaks: only the published reading has it.
 """
 
 import argparse
-import json
-import math
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from checkpoint import read_log
 from data.loader import UserError
-from figures import HEADLINES, cell, figure, short
-from measure import QUOTED_AT
+from figures import HEADLINES
+from studies import first_rules
+from studies.evidence import HOLDS, REPRODUCED, Evidence, Need, holds_in_all, is_below, not_counting, verdict
+from studies.first_rules import doses_of, matched_pairs, pairs_of
+from studies.results import by_scale, markdown, runs_in, stream_label, with_interval
 
-MATCHED, DOSES = 0.01, 4  # nats; how many values of α claim 3 needs
-WORDS = ('reproduced', 'partly', 'not reproduced')
-TIMES, PERSISTENT = 3, 0.5  # of existence
-SHORT = 'baseline_short'  # arms whose name begins so end at another run's loss on purpose: they do not say which loss all reach
-DOSE = r'ledger_a[\d.]*[1-9]'  # arms that are there for the curve over α, which has a figure of its own (../figures.py); that of no price says more
-SERIES = (
-    'fixed_dim_ratio',
-    'start_ratio',
-    'start_token_concentration',
-    'persistence',
-    'start_persistence',
-    'kurtosis',
+PILOT = (1337,)
+TIMES, RELATIVE = 3, 1.5
+MOST, COUNTS = 0.5, 0.1  # share of the sublayers that count; share of the largest norm that makes one count
+MATCHED, DOSES = 0.01, (0, 0.02, 0.1, 0.3)
+DECODED, DEPTH, PUBLISHED = READINGS = ('decoded', 'along the depth', 'published')
+DIMENSION, START = OBJECTS = ('outlier dimension', 'start-token outlier')
+QUANTITY_OF = {DIMENSION: 'fixed_dim_ratio', START: 'start_ratio'}
+LARGEST_OF = {DIMENSION: 'largest_dim', START: 'largest_start_dim'}
+ROTATED, SCRATCH = re.compile(r'rotated_commit(_.*)?'), re.compile(r'decode_scratch(_.*)?')
+ON_AXES_OF_D = 'QtC'  # the stream of a rotated ledger that holds Qᵀ C
+NAMES = {**HEADLINES, 'relative_start_concentration': 'relative start conc.'}
+
+
+class NotMeasured(Exception):
+    """A quantity that a rule needs is not in a measurement."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One stream of a run beside the same stream of its untrained weights."""
+
+    run: object
+    name: str
+
+    @property
+    def trained(self):
+        return self.run.measure['streams'][self.name]
+
+    @property
+    def untrained(self):
+        if self.run.untrained is None:
+            raise NotMeasured(f'the untrained {self.run.name}, measured')
+        return self.run.untrained['streams'][self.name]
+
+    def counting(self):
+        """Returns the sublayers where the stream's mean norm is at least a tenth of its largest."""
+        norms = [sublayer['norm'] for sublayer in self.trained['sublayers']]
+        return [s for s, norm in enumerate(norms) if norm >= COUNTS * max(norms)]
+
+
+def quantity(stream, key, place, post_hoc):
+    """stream: an entry of measure.json. place: a sublayer, or PUBLISHED for the headline.
+    Returns {'value', 'low', 'high'}; raises NotMeasured if it is not there, or lacks an interval."""
+    if place == PUBLISHED:
+        found = stream.get(key)
+    else:
+        sublayer = stream['sublayers'][place]
+        low, high = sublayer.get('intervals', {}).get(key, (None, None))
+        found = {'value': sublayer[key], 'low': low, 'high': high} if key in sublayer else None
+    if found is None:
+        raise NotMeasured(f'{NAMES[key]}, measured')
+    if found['value'] is not None and None in (found['low'], found['high']) and not post_hoc:
+        raise NotMeasured(f'{NAMES[key]} with an interval at single sublayers')
+    return found
+
+
+def dagger(*quantities):
+    """Returns the mark of a condition in which a quantity has no interval."""
+    return ' †' if any(None in (x['low'], x['high']) for x in quantities) else ''
+
+
+def places_of(reading, *views):
+    """Returns where streams are read: sublayers, or PUBLISHED. Along the depth, those that count in all."""
+    if reading == PUBLISHED:
+        return [PUBLISHED]
+    if reading == DECODED:
+        return [len(views[0].trained['sublayers']) - 1]
+    return sorted(set.intersection(*(set(view.counting()) for view in views)))
+
+
+def relative_concentration(view, place, post_hoc):
+    """Returns p/m of the start dimension over the median of p/m over all dimensions."""
+    key, controls = 'relative_start_concentration', view.run.controls
+    if post_hoc and place == PUBLISHED and key not in view.trained and controls:
+        of_stream = controls['streams'][view.name]
+        median = of_stream['quantiles']['concentration'][of_stream['quantiles']['at'].index(0.5)]
+        return {'value': of_stream['start_dim']['concentration'] / median, 'low': None, 'high': None}
+    return quantity(view.trained, key, place, post_hoc)
+
+
+def has_at(view, kind, place, post_hoc):
+    """Has the stream this object at one place? Returns the answer and the numbers behind it."""
+    key = QUANTITY_OF[kind]
+    after = quantity(view.trained, key, place, post_hoc)
+    before = quantity(view.untrained, key, place, post_hoc)
+    numbers = f'{with_interval(after)}, untrained {with_interval(before)}'
+    answer = is_below(before, after, TIMES)
+    if kind == START:
+        relative = relative_concentration(view, place, post_hoc)
+        answer = answer and is_below({'value': RELATIVE, 'low': None, 'high': None}, relative, 1.0)
+        numbers += f'; relative start conc. {with_interval(relative)}'
+        return answer, numbers + dagger(after, before, relative)
+    return answer, numbers + dagger(after, before)
+
+
+def object_in(view, kind, reading, post_hoc, wanted=True, quantity_name=None):
+    """Returns the evidence that a stream has an object in a reading, or with wanted=False that it has not;
+    a Need where it was not measured."""
+    label = f'{view.run.arm}: {view.name}'
+    condition = f'{label} has {"an" if wanted else "no"} {kind}, {reading}'
+    try:
+        places = places_of(reading, view)
+        answers = [has_at(view, kind, place, post_hoc) for place in places]
+    except NotMeasured as error:
+        return Need(str(error))
+    if reading != DEPTH:
+        has, numbers = answers[0]
+    else:
+        largest = [view.trained['sublayers'][s][LARGEST_OF[kind]] for s in places]
+        dimension = max(sorted(set(largest)), key=largest.count)
+        there, same, among = sum(has for has, _ in answers), largest.count(dimension), len(places)
+        has = min(there, same) >= MOST * among
+        mark = ' †' if any(numbers.endswith('†') for _, numbers in answers) else ''
+        numbers = (
+            f'in {there} of {among} sublayers that count; dimension {dimension} the largest in {same}{mark}'
+        )
+    return Evidence(view.run.seed, quantity_name or label, condition, has == wanted, numbers)
+
+
+def is_lower(key, lower, upper, reading, post_hoc):
+    """Returns the evidence that a quantity of the View `lower` is below that of `upper`, apart."""
+    condition = (
+        f'{NAMES[key]} of {lower.run.arm}: {lower.name} below that of {upper.run.arm}: {upper.name}, apart, '
+        f'{reading}'
+    )
+    try:
+        pairs = [
+            tuple(quantity(view.trained, key, place, post_hoc) for view in (lower, upper))
+            for place in places_of(reading, lower, upper)
+        ]
+    except NotMeasured as error:
+        return Need(str(error))
+    below = sum(is_below(x, y) for x, y in pairs)
+    mark = max((dagger(*pair) for pair in pairs), default='')
+    if reading == DEPTH:
+        numbers = f'in {below} of {len(pairs)} sublayers that count in both'
+    else:
+        numbers = ' and '.join(with_interval(x) for x in pairs[0])
+    return Evidence(lower.run.seed, key, condition, below >= MOST * len(pairs) > 0, numbers + mark)
+
+
+# ---- The claims: what is found for each. runs: {(arm, seed): run} of one scale.
+
+
+def runs_of(runs, arm):
+    """arm: a name or a pattern. Returns the runs of an arm, in the order of seeds, or a Need of it."""
+    pattern = re.compile(re.escape(arm)) if isinstance(arm, str) else arm
+    found = [run for (name, _), run in runs.items() if pattern.fullmatch(name)]
+    return sorted(found, key=lambda run: (run.seed, run.arm))
+
+
+def premise(runs, kind, reading, post_hoc):
+    found = [object_in(View(run, run.decoded), kind, reading, post_hoc) for run in runs_of(runs, 'baseline')]
+    return found or [Need('baseline')]
+
+
+def rebuilt(runs, kind, reading, post_hoc):
+    pairs, needs = matched_pairs(runs)
+    return [object_in(View(ledger, 'C'), kind, reading, post_hoc) for ledger, _ in pairs] + needs
+
+
+def smaller(runs, key, reading, post_hoc):
+    """Claim 2: ratio and kurtosis of C below those of h, its start-token concentration above."""
+    pairs, needs = pairs_of(runs, 'ledger')
+    found = []
+    for ledger, baseline in pairs:
+        views = View(ledger, 'C'), View(baseline, 'h')
+        if key == 'start_token_concentration':
+            views = views[::-1]
+        found.append(is_lower(key, *views, reading, post_hoc))
+    return found + needs
+
+
+def lowered(runs, key, reading, post_hoc):
+    """Claim 4: QK-norm's h has a lower ratio and kurtosis than the baseline's."""
+    pairs, needs = pairs_of(runs, 'qknorm')
+    return [
+        is_lower(key, View(qknorm, 'h'), View(baseline, 'h'), reading, post_hoc) for qknorm, baseline in pairs
+    ] + needs
+
+
+def never_falls(series):
+    """series: quantities from the lowest dose to the highest. Do they never fall, with the ends apart?"""
+    values = [x['value'] for x in series]
+    return None not in values and values == sorted(values) and is_below(series[0], series[-1])
+
+
+def rises(runs, key, reading, post_hoc):
+    """Claim 3: a quantity of C never falls over the doses of α. Persistence belongs to a whole stream:
+    along the depth it is the same as published, and it has no decoded reading."""
+    if key == 'persistence' and reading == DECODED:
+        return []
+    found = []
+    for seed in sorted({seed for _, seed in runs}):
+        doses = {alpha: run for alpha, run in doses_of(runs, seed).items() if alpha in DOSES}
+        if len(doses) < len(DOSES):
+            missing = ', '.join(f'{alpha:g}' for alpha in DOSES if alpha not in doses)
+            found.append(Need(f'α = {missing} in seed {seed}'))
+            continue
+        views = [View(run, 'C') for run in doses.values()]
+        places = [PUBLISHED] if key == 'persistence' else places_of(reading, *views)
+        try:
+            series = [[quantity(v.trained, key, place, post_hoc) for v in views] for place in places]
+        except NotMeasured as error:
+            found.append(Need(str(error)))
+            continue
+        rising = sum(map(never_falls, series))
+        numbers = f'in {rising} of {len(places)} sublayers that count at every α'
+        if len(series) == 1:
+            numbers = ', '.join(with_interval(x) for x in series[0])
+        mark = max((dagger(*x) for x in series), default='')
+        condition = f'{NAMES[key]} of C never falls over α = 0, 0.02, 0.1, 0.3, ends apart, {reading}'
+        holds = rising >= MOST * len(places) > 0
+        found.append(Evidence(seed, key, condition, holds, numbers + mark))
+    return found or [Need('ledgers of four doses')]
+
+
+def same_cost(runs, width, reading, post_hoc):
+    """Claim 5: rounding the weights raises the loss of every arm by the same. A loss has one reading."""
+    if reading != DECODED:
+        return []
+    found = []
+    for seed in sorted({seed for _, seed in runs}):
+        rises = {
+            arm: run.quantized['widths'][width]['rise']['value']
+            for (arm, other), run in runs.items()
+            if other == seed and run.quantized and width in run.quantized['widths']
+        }
+        if not {'baseline', 'ledger'} <= rises.keys():
+            found.append(Need(f'quantize.json of the arms of seed {seed}'))
+            continue
+        spread = max(rises.values()) - min(rises.values())
+        numbers = ', '.join(f'{arm} {rise:+.4f}' for arm, rise in rises.items())
+        condition = f'{width}: the losses of all arms rise by the same, within {MATCHED} nats'
+        found.append(Evidence(seed, width, condition, spread <= MATCHED, numbers))
+    return found
+
+
+def on_own_axes(runs, kind, reading, post_hoc):
+    """Claim 6: a ledger that commits through a fixed rotation has the object on its own axes: rebuilt."""
+    found = [object_in(View(run, 'C'), kind, reading, post_hoc) for run in runs_of(runs, ROTATED)]
+    return found or [Need('rotated_commit')]
+
+
+def on_axes_of_D(runs, kind, reading, post_hoc):
+    """Claim 6: it has the object on D's axes, Qᵀ C: what was there in D has leaked through the identity."""
+    found = [
+        object_in(View(run, ON_AXES_OF_D), kind, reading, post_hoc)
+        if ON_AXES_OF_D in run.measure['streams']
+        else Need(f'{run.arm} measured on the axes of D')
+        for run in runs_of(runs, ROTATED)
+    ]
+    return found or [Need('rotated_commit')]
+
+
+def follows_decoding(runs, kind, reading, post_hoc):
+    """Claim 7: with D decoded in the place of C, D has it after the last sublayer and C has not."""
+    if reading != DECODED:
+        return []
+    found = [
+        object_in(View(run, name), kind, reading, post_hoc, name == 'D', f'{run.arm}: D and not C')
+        for run in runs_of(runs, SCRATCH)
+        for name in ('D', 'C')
+    ]
+    return found or [Need('decode_scratch')]
+
+
+WITHOUT = {  # what is taken out of C, and of what: the keys of intervene.json's results
+    DIMENSION: 'dims',
+    START: 'start',
+}
+
+
+def costs_more(run, kind):
+    """Returns the evidence that taking an object out of C costs more than the same change elsewhere,
+    or nothing where no such change was made."""
+    changes = [
+        (change['where'], change['edit']['ratio'], change['controls']['moved']['ratio'])
+        for change in run.interventions['results']
+        if change['stream'] == 'C'
+        and change['what'] == WITHOUT[kind]
+        and change['how'] == 'zero'
+        and change['where'] in ('decoder', 'reads')
+    ]
+    if not changes:
+        return []
+    numbers = '; '.join(
+        f'kept from the {"head" if where == "decoder" else "reads"}: {with_interval(edit, 5)}, '
+        f'control {with_interval(control, 5)}'
+        for where, edit, control in changes
+    )
+    holds = any(is_below(control, edit) for _, edit, control in changes)
+    condition = f'{run.arm}: perplexity without the {kind} of C above that of the control, apart'
+    return [Evidence(run.seed, run.arm, condition, holds, numbers)]
+
+
+def is_used(runs, kind, reading, post_hoc):
+    """Claim 8: C's object matters to the head or to what sublayers read. A loss has one reading."""
+    if reading != DECODED:
+        return []
+    with_both = [run for run in runs.values() if run.interventions and 'C' in run.measure['streams']]
+    found = [item for run in with_both for item in costs_more(run, kind)]
+    return found or [Need(f'intervene.json of a ledger, with the {kind} kept from the head or from reads')]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What is judged: rows are what it is judged for, each an argument of `rule`."""
+
+    number: str
+    text: str
+    rows: tuple
+    rule: object
+    words: tuple = REPRODUCED
+
+
+CLAIMS = (
+    Claim('premise', 'h has it', OBJECTS, premise, HOLDS),
+    Claim('1', 'at matched loss it is rebuilt in C', OBJECTS, rebuilt),
+    Claim('2', 'in C it is smaller than in h', ('fixed_dim_ratio', 'kurtosis'), smaller),
+    Claim('2', 'in C it is more concentrated on the start token', ('start_token_concentration',), smaller),
+    Claim('3', 'it rises with the price α', ('persistence', 'start_token_concentration'), rises),
+    Claim('4', 'QK-norm lowers it in h', ('fixed_dim_ratio', 'kurtosis'), lowered),
+    Claim('5', 'quantized weights cost every arm the same', ('W8', 'W4'), same_cost),
+    Claim('6', 'committed through a rotation, C has it on its own axes', OBJECTS, on_own_axes, HOLDS),
+    Claim('6', "committed through a rotation, C has it on D's axes", OBJECTS, on_axes_of_D, HOLDS),
+    Claim('7', 'with D decoded, D has it and C has not', OBJECTS, follows_decoding, HOLDS),
+    Claim('8', "C's is used by the head or by sublayers", OBJECTS, is_used, HOLDS),
 )
 
 
-def read_runs(folder):
-    """Returns {(arm, seed): run}, a run being {'name', 'measure', 'untrained', 'log', 'controls'}, None or [] for what is not there."""
-
-    def read(path):
-        try:
-            return json.loads(path.read_text()) if path.exists() else None
-        except (OSError, ValueError) as error:
-            raise UserError(f'{path} is not readable as JSON ({error}): measure the run again') from None
-
-    runs = {}
-    for path in sorted(Path(folder).glob('*/measure.json')):
-        if match := re.fullmatch(r'(.+)_(?:demo|160m|290m)_(\d+)', path.parent.name):
-            runs[match[1], int(match[2])] = {
-                'name': path.parent.name,
-                'measure': read(path),
-                'untrained': read(path.with_name('measure_0.json')),
-                'log': read_log(path.with_name('log.jsonl')),
-                'controls': read(path.with_name('controls.json')),
-            }
-    if not runs:
-        raise UserError(
-            f'there is no <arm>_<scale>_<seed>/measure.json in {folder}: make them with bash studies/recipe.sh'
-        )
-    if len({json.dumps(run['measure']['data'], sort_keys=True) for run in runs.values()}) > 1:
-        raise UserError(
-            f'the runs in {folder} were not measured on the same windows: measure them again, with the same flags'
-        )
-    return runs
-
-
-def decoded(report):
-    """Returns the name of the stream that the head reads."""
-    return next(name for name, s in report['streams'].items() if s['decoded'])
-
-
-def below(x, y):
-    """x, y: headlines. Is x below y, apart? What is not finite is never apart."""
-    return None not in (x['high'], y['low']) and x['high'] < y['low']
-
-
-def condition(seed, quantity, text, holds, **numbers):
-    """One line of evidence. Lines of the same seed and quantity stand or fall together. numbers: the headlines that went into it, by label."""
-    return {
-        'seed': seed,
-        'quantity': quantity,
-        'text': text,
-        'holds': bool(holds),
-        'numbers': '; '.join(f'{label} {cell(x)}' for label, x in numbers.items()),
-    }
-
-
-def compare(seed, key, low, high):
-    """Evidence that the quantity `key` of one stream lies below that of another, apart. low, high: (label, entry of measure.json)."""
-    (a, x), (b, y) = low, high
-    return condition(
-        seed,
-        key,
-        f'{HEADLINES[key]} of {a} below that of {b}, apart',
-        below(x[key], y[key]),
-        **{a: x[key], b: y[key]},
-    )
-
-
-def existence(run, stream, seed):
-    """The three conditions for a start-token outlier in a stream; none if the untrained weights were not measured."""
-    if run['untrained'] is None:
-        return []
-    s, untrained = run['measure']['streams'][stream], run['untrained']['streams'][stream]
-    ratio, before, after, at_first = (
-        s['start_ratio'],
-        untrained['start_ratio'],
-        s['start_token_concentration'],
-        untrained['start_token_concentration'],
-    )
-    large = None not in (ratio['value'], before['value']) and ratio['value'] >= TIMES * before['value']
-    return [
-        condition(
-            seed,
-            'outlier',
-            f'start ratio of {stream} at least {TIMES} times the untrained, apart',
-            large and below(before, ratio),
-            trained=ratio,
-            untrained=before,
-        ),
-        condition(
-            seed,
-            'outlier',
-            f'start persistence of {stream} at least {PERSISTENT}',
-            s['start_persistence']['value'] >= PERSISTENT,
-            trained=s['start_persistence'],
-        ),
-        condition(
-            seed,
-            'outlier',
-            f'start-token conc. of {stream} above the untrained, apart',
-            below(at_first, after),
-            trained=after,
-            untrained=at_first,
-        ),
-    ]
-
-
-def has_outlier(run, stream, seed):
-    """Do all three hold? None if the untrained weights were not measured."""
-    lines = existence(run, stream, seed)
-    return all(line['holds'] for line in lines) if lines else None
-
-
-def existence_in(runs, arm):
-    """Has the decoded stream of an arm a start-token outlier? Returns evidence, and what is missing."""
-    evidence, needs = [], [] if any(name == arm for name, _ in runs) else [arm]
-    for (name, seed), run in runs.items():
-        if name == arm:
-            lines = existence(run, decoded(run['measure']), seed)
-            evidence, needs = (
-                evidence + lines,
-                needs + [f'the untrained {arm} of seed {seed}, measured'] * (not lines),
-            )
-    return evidence, needs
-
-
-def nearest_baseline(runs, seed):
-    """Returns the baseline of the seed whose loss is nearest to its ledger's, and the difference, ledger − baseline, in nats; (None, ∞) without either."""
-    ledger = runs.get(('ledger', seed))
-    near = [
-        (run, ledger['measure']['val_loss'] - run['measure']['val_loss'])
-        for (arm, other), run in runs.items()
-        if ledger and other == seed and (arm == 'baseline' or arm.startswith(SHORT))
-    ]
-    return min(near, key=lambda pair: abs(pair[1]), default=(None, math.inf))
-
-
-def matched(runs):
-    """Returns the ledgers, each with the baseline of its seed that ends at the same loss as the arm `baseline`, and what is missing."""
-    found, needs = {}, [] if any(arm == 'ledger' for arm, _ in runs) else ['ledger']
-    for seed in (seed for arm, seed in runs if arm == 'ledger'):
-        ledger, (partner, difference) = runs['ledger', seed], nearest_baseline(runs, seed)
-        if abs(difference) <= MATCHED:
-            found |= {('ledger', seed): ledger, ('baseline', seed): partner}
-            continue
-        need = f'a baseline of seed {seed} that ends within {MATCHED} nats of the ledger'
-        if partner:
-            need += f' (nearest: {partner["name"]}, {abs(difference):.3f} nats {"below" if difference > 0 else "above"})'
-            passed = (
-                difference > 0 and ledger['log'] and at_loss(partner['log'], ledger['log'][-1]['val_loss'])
-            )
-            need += (
-                f': it passes there at step {passed[0]:.0f}, and a whole cosine needs fewer' if passed else ''
-            )
-        needs.append(need)
-    return found, needs
-
-
-def rebuilt(runs):
-    pairs, needs = matched(runs)
-    evidence, more = existence_in(pairs, 'ledger') if pairs else ([], [])
-    return evidence, needs + more
-
-
-def pairs_of(runs, arm):
-    """Returns [(seed, run of the arm, baseline)] of every seed that has both, and what is missing."""
-    seeds = sorted({seed for name, seed in runs if name in (arm, 'baseline')})
-    needs = (
-        [f'{name}, seed {seed}' for seed in seeds for name in (arm, 'baseline') if (name, seed) not in runs]
-        if seeds
-        else [arm, 'baseline']
-    )
-    return [
-        (seed, runs[arm, seed]['measure']['streams'], runs['baseline', seed]['measure']['streams'])
-        for seed in seeds
-        if (arm, seed) in runs and ('baseline', seed) in runs
-    ], needs
-
-
-def smaller_and_more_concentrated(runs):
-    pairs, needs = pairs_of(runs, 'ledger')
-    return [
-        line
-        for seed, ledger, baseline in pairs
-        for C, h in [(('C', ledger['C']), ('h', baseline['h']))]
-        for line in (compare(seed, 'fixed_dim_ratio', C, h), compare(seed, 'start_token_concentration', h, C))
-    ], needs
-
-
-def smaller_at_matched_loss(runs):
-    pairs, needs = matched(runs)
-    return (smaller_and_more_concentrated(pairs)[0] if pairs else []), needs
-
-
-def rises_with_price(runs):
-    evidence, needs = [], [] if any(arm == 'ledger' for arm, _ in runs) else [f'{DOSES} doses of α']
-    for seed in sorted({seed for arm, seed in runs if arm == 'ledger'}):
-        doses = {
-            run['measure']['model']['commit_sparsity']: run['measure']['streams']['C']
-            for (arm, other), run in runs.items()
-            if other == seed and re.fullmatch(r'ledger(_hs|_a[\d.]+)?', arm)
-        }
-        alphas = sorted(doses)
-        if len(alphas) < DOSES:
-            needs.append(f'{DOSES} doses of α in seed {seed} (so far: {", ".join(f"{a:g}" for a in alphas)})')
-            continue
-        for key in ('persistence', 'start_token_concentration'):
-            series = {f'α = {a:g}': doses[a][key] for a in alphas}
-            values, (first, *_, last) = [x['value'] for x in series.values()], series.values()
-            rises = None not in values and values == sorted(values) and below(first, last)
-            evidence.append(
-                condition(seed, key, f'{HEADLINES[key]} of C rises with α, ends apart', rises, **series)
-            )
-    return evidence, needs
-
-
-def lowered_by_qknorm(runs):
-    pairs, needs = pairs_of(runs, 'qknorm')
-    return [
-        compare(seed, key, ('qknorm', q['h']), ('baseline', b['h']))
-        for seed, q, b in pairs
-        for key in ('fixed_dim_ratio', 'kurtosis')
-    ], needs
-
-
-# What is judged, by what, and in which words: all quantities hold in all seeds, some do, none does.
-JUDGED = {
-    'premise': (
-        'the baseline has a start-token outlier in h',
-        lambda runs: existence_in(runs, 'baseline'),
-        ('yes', 'in some seeds', 'no'),
-    ),
-    '1': ('at matched loss, the outlier is rebuilt in C', rebuilt, WORDS),
-    '2': (
-        'in C it is smaller than in h, and more concentrated on the start token',
-        smaller_and_more_concentrated,
-        WORDS,
-    ),
-    '2, at matched loss': (
-        'the same against the baseline that ends at the same loss',
-        smaller_at_matched_loss,
-        WORDS,
-    ),
-    '3': (
-        'a higher price α on committing makes it more persistent and more concentrated',
-        rises_with_price,
-        WORDS,
-    ),
-    '4': ('QK-norm lowers it in the baseline', lowered_by_qknorm, WORDS),
-    'control': (
-        'with explicit attention biases, h has a start-token outlier',
-        lambda runs: existence_in(runs, 'baseline_bias'),
-        ('yes', 'in some seeds', 'no'),
-    ),
-}
-
-
-def verdict(evidence, needs, words):
-    """words: for all, some and none of the quantities in all seeds. Returns one of them, with the count and what is missing, or that it cannot be judged yet."""
-    wanted = f'needs {"; ".join(dict.fromkeys(needs))}'
-    if not evidence:
-        return f'cannot be judged yet: {wanted}'
-    held = {}
-    for line in evidence:
-        held[line['seed'], line['quantity']] = (
-            held.get((line['seed'], line['quantity']), True) and line['holds']
-        )
-    word, seeds = (
-        words[0 if all(held.values()) else 1 if any(held.values()) else 2],
-        len({seed for seed, _ in held}),
-    )
-    return f'{word} ({sum(held.values())} of {len(held)}; {seeds} seed{"s" * (seeds > 1)})' + (
-        f'; {wanted}' if needs else ''
-    )
-
-
-def judge(runs):
-    """Returns {what: (its text, verdict, evidence)} of everything in JUDGED."""
+def judge(runs, post_hoc=False):
+    """runs: {(arm, seed): run} of one scale. Returns {(number, text, row): {reading: what was found}}."""
     judged = {}
-    for what, (text, rule, words) in JUDGED.items():
-        evidence, needs = rule(runs)
-        judged[what] = text, verdict(evidence, needs, words), evidence
+    for claim in CLAIMS:
+        for row in claim.rows:
+            judged[claim.number, claim.text, row] = {
+                reading: not_counting(claim.rule(runs, row, reading, post_hoc), PILOT) for reading in READINGS
+            }
     return judged
 
 
-def quoted(record, key):
-    """record: one stream in a line of log.jsonl. Returns a quantity's headline value: at its peak, as measure.py quotes it."""
-    values, at = record[key], record[QUOTED_AT.get(key, key)]
-    return (
-        values[max(range(len(at)), key=lambda s: -math.inf if at[s] is None else at[s])]
-        if isinstance(values, list)
-        else values
-    )
+def words_of(number):
+    """Returns the words for all, some and none of a claim."""
+    return next(claim.words for claim in CLAIMS if claim.number == number)
 
 
-def at_loss(log, loss):
-    """log: the lines of log.jsonl. Returns the iteration, and {stream: {quantity: value}}, when the validation loss first came down to `loss`: linear in the loss between
-    the two evaluations around it, of those that were the lowest so far. None if it never did, or began below."""
-    lowest = [
-        line
-        for i, line in enumerate(log)
-        if all(line['val_loss'] < earlier['val_loss'] for earlier in log[:i])
-    ]
-    after = next((i for i, line in enumerate(lowest) if line['val_loss'] <= loss), 0)
-    if not after:
-        return None
-    a, b = lowest[after - 1], lowest[after]
-    share = (a['val_loss'] - loss) / (a['val_loss'] - b['val_loss'])
-
-    def between(x, y):
-        return None if None in (x, y) else x + share * (y - x)
-
-    return between(a['iter'], b['iter']), {
-        stream: {key: between(*(quoted(line['streams'][stream], key) for line in (a, b))) for key in SERIES}
-        for stream in a['streams']
-    }
-
-
-def matched_series(runs):
-    """Returns {seed: (loss, {run's name: at_loss of it})}: the loss that all runs of a seed reach is the highest of their last ones."""
-    result = {}
-    for seed in sorted({seed for _, seed in runs}):
-        logs = {
-            run['name']: run['log']
-            for (arm, other), run in runs.items()
-            if other == seed and run['log'] and not arm.startswith(SHORT)
-        }
-        if len(logs) > 1:
-            loss = max(log[-1]['val_loss'] for log in logs.values())
-            result[seed] = loss, {name: at_loss(log, loss) for name, log in logs.items()}
-    return result
-
-
-def markdown(header, rows):
-    return '\n'.join(
-        '| ' + ' | '.join(map(str, row)) + ' |' for row in [header, ['---'] * len(header), *rows]
-    )
-
-
-def verdict_table(runs):
-    return markdown(
-        ['claim', 'is', 'verdict'], [(what, text, word) for what, (text, word, _) in judge(runs).items()]
-    )
-
-
-def evidence_table(runs):
-    return markdown(
-        ['claim', 'seed', 'condition', 'numbers', 'holds'],
-        [
-            (what, e['seed'], e['text'], e['numbers'], 'yes' if e['holds'] else 'no')
-            for what, (_, _, evidence) in judge(runs).items()
-            for e in evidence
-        ],
-    )
-
-
-def existence_table(runs):
+def verdict_table(judged):
+    """judged: as `judge` returns it. A row for every claim and what it is judged for, a column a reading."""
     rows = []
-    for (arm, seed), run in runs.items():
-        for stream, s in run['measure']['streams'].items():
-            lines = existence(run, stream, seed)
-            marks = [
-                f'{line["numbers"].replace("trained ", "", 1)}: {"yes" if line["holds"] else "no"}'
-                for line in lines
-            ] or ['untrained not measured'] * 3
-            rows.append(
-                (
-                    run['name'],
-                    f'**{stream}**' if s['decoded'] else stream,
-                    cell(run['measure']['loss']),
-                    *marks,
-                    {None: '–', True: 'yes', False: 'no'}[has_outlier(run, stream, seed)],
-                )
-            )
-    return markdown(
-        [
-            'run',
-            'stream',
-            'loss',
-            f'start ratio, ≥ {TIMES} × untrained',
-            f'start persistence, ≥ {PERSISTENT}',
-            'start-token conc., above untrained',
-            'outlier',
-        ],
-        rows,
-    )
+    for (number, text, row), by_reading in judged.items():
+        cells = [verdict(found, words_of(number)) for found in by_reading.values()]
+        rows.append((number, text, NAMES.get(row, row), *cells))
+    return markdown(['claim', 'is', 'judged for', *READINGS], rows)
 
 
-def matched_table(runs):
-    rows = [
-        (name, f'{loss:.4f}', f'{where[0]:.0f}', stream, *(short(q[key], 3) for key in SERIES))
-        for loss, found in matched_series(runs).values()
-        for name, where in found.items()
-        if where
-        for stream, q in where[1].items()
-    ]
-    return markdown(['run', 'loss', 'at step', 'stream', *(HEADLINES[key] for key in SERIES)], rows)
+def evidence_table(judged):
+    """Every condition of every claim, with its numbers."""
+    rows = []
+    for (number, _, _), by_reading in judged.items():
+        for found in by_reading.values():
+            for item in found:
+                if isinstance(item, Evidence):
+                    seed = item.seed if item.counts else f'{item.seed} (not counted)'
+                    holds = 'yes' if item.holds else 'no'
+                    rows.append((number, seed, item.condition, item.numbers, holds))
+    return markdown(['claim', 'seed', 'condition', 'numbers', 'holds'], rows)
 
 
-def controls_table(runs):
+def object_table(runs, post_hoc=False):
+    """Every stream of every run: has it the two objects, in each reading?"""
     rows = []
     for run in runs.values():
-        for stream, s in (run['controls'] or {'streams': {}})['streams'].items():
-            kinds = [
-                cell(w['streams'][stream]['start_ratio']) if 'streams' in w else '–'
-                for w in run['controls']['windows'].values()
-            ]
-            ranks = [
-                f'{s[key]["dim"]}: {s[key]["rank_by_m"]}, {s[key]["rank_by_p"]}, {s[key]["rank_by_concentration"]}'
-                for key in ('dominant_dim', 'start_dim')
-            ]
-            after = run['controls'].get('commits', {}).get('last') if s['decoded'] else None
-            shares = [
-                f'{after[place]["map_share"]:.0%}' if after and place in after else '–'
-                for place in ('start_at_start_dim', 'mean_at_dominant', 'mean_at_others')
-            ]
-            rows.append((run['name'], stream, *kinds, *ranks, *shares))
-    kinds = [
-        f'start ratio, windows {kind}'
-        for kind in ('anywhere', 'at a document', 'at its end-of-text', 'anywhere, bfloat16')
-    ]
-    return markdown(
-        [
-            'run',
-            'stream',
-            *kinds,
-            'j*: rank by m, p, p/m',
-            'j0: rank by m, p, p/m',
-            "U_P V_P's share of C at (0, j0)",
-            'at j*',
-            'elsewhere',
-        ],
-        rows,
+        for name, stream in run.measure['streams'].items():
+            cells = []
+            for kind in OBJECTS:
+                for reading in READINGS:
+                    found = object_in(View(run, name), kind, reading, post_hoc)
+                    if isinstance(found, Need):
+                        cells.append('–')
+                    else:
+                        cells.append(f'{"yes" if found.holds else "no"}: {found.numbers}')
+            rows.append((run.name, stream_label(name, stream), f'{run.loss:.3f}', *cells))
+    header = [f'{kind}, {reading}' for kind in OBJECTS for reading in READINGS]
+    return markdown(['run', 'stream', 'loss', *header], rows)
+
+
+def premise_in_words(judged):
+    """Returns the sentences that come before any claim: whether h has each object along the depth."""
+    sentences = []
+    for kind in OBJECTS:
+        found = judged['premise', 'h has it', kind][DEPTH]
+        holds = holds_in_all(found)
+        said = verdict(found, ('yes, in every seed', 'in some seeds', 'no'))
+        sentence = f'Has h the {kind} along the depth? {said[:1].upper()}{said[1:]}.'
+        if holds is False:
+            sentence += f' Claims about the {kind} speak of what the baseline has not in every seed.'
+        sentences.append(sentence)
+    return '\n'.join(sentences)
+
+
+def rotation_in_words(judged):
+    """Returns what the rotation says of each object in each reading: rebuilt, leaked, or neither."""
+    own, ofD = (
+        {row: by_reading for (number, text, row), by_reading in judged.items() if text == claim.text}
+        for claim in CLAIMS
+        if claim.number == '6'
     )
+    sentences = []
+    for kind in OBJECTS:
+        for reading in READINGS:
+            on_own, on_D = holds_in_all(own[kind][reading]), holds_in_all(ofD[kind][reading])
+            if on_own:
+                sentences.append(f'{kind}, {reading}: rebuilt.')
+            elif on_D:
+                sentences.append(f'{kind}, {reading}: leaked through the identity.')
+            elif on_own is not None:
+                sentences.append(f'{kind}, {reading}: neither rebuilt nor leaked in every seed.')
+    return ' '.join(sentences)
 
 
-def draw_onset(runs, path, key='start_ratio'):
-    """Heat maps of one quantity over training and depth: a panel for each stream of each run of the first seed, shorter cosines and further doses of α left out."""
-    from matplotlib.colors import LogNorm
-
-    seed = min(seed for _, seed in runs)
-    panels = [
-        (f'{run["name"]}: {stream}', run['log'], stream)
-        for (arm, other), run in runs.items()
-        if other == seed and run['log'] and not re.match(f'{SHORT}|{DOSE}', arm)
-        for stream in run['log'][0]['streams']
-    ]
-    if not panels:
-        return
-    data = [
-        np.array([[math.nan if v is None else v for v in line['streams'][stream][key]] for line in log]).T
-        for _, log, stream in panels
-    ]
-    norm = LogNorm(min(np.nanmin(x) for x in data), max(np.nanmax(x) for x in data))
-    columns = min(3, len(panels))
-    with figure(
-        path,
-        f'{HEADLINES[key]} (largest ÷ median dimension at position 0) during training, along the depth',
-        math.ceil(len(panels) / columns),
-        columns,
-        (4, 2.9),
-    ) as axes:
-        axes = list(axes)
-        for axis, (title, log, stream), x in zip(axes, panels, data):
-            steps, peak = [line['iter'] for line in log], np.nanmax(x, 0)
-            onset = next(
-                (step for step, v in zip(steps, peak) if v >= TIMES * peak[0]), None
-            )  # the rule's factor, on the log's few windows
-            mesh = axis.pcolormesh(
-                [*steps, steps[-1] * 1.15 + 1], np.arange(len(x) + 1) - 0.5, x, norm=norm, cmap='cividis'
-            )  # from its step to the next
-            axis.set_xscale('symlog', linthresh=1)
-            axis.xaxis.set_major_formatter('{x:g}')
-            axis.yaxis.get_major_locator().set_params(integer=True)
-            axis.set(xlabel='training step', ylabel='sublayer')
-            axis.set_title(
-                f"{title}\n{'never' if onset is None else f'first at step {onset}:'} {TIMES} × step 0's largest",
-                fontsize='medium',
-            )
-            if onset is not None:
-                axis.axvline(onset, color='white', linestyle='--', linewidth=1)
-        for axis in axes[len(panels) :]:
-            axis.set_axis_off()
-        ticks = [
-            n * 10.0**k
-            for k in range(-2, 6)
-            for n in (1, 1.5, 2, 3, 5, 7)
-            if norm.vmin <= n * 10.0**k <= norm.vmax
-        ]
-        axes[0].figure.colorbar(
-            mesh, ax=axes, aspect=15 * len(axes) // columns, ticks=ticks, format='{x:g}', label=HEADLINES[key]
-        ).minorticks_off()
-
-
-def draw_commits(runs, path):
-    """What each sublayer adds to C after the last one, at (position 0, j0) and over all positions at j*: identity and map, of each ledger run of its first seed."""
-    seed = min(seed for _, seed in runs)
+def tables_second(runs, post_hoc=False):
+    """Returns {title: text} for the runs of one scale by the second set of rules."""
+    judged = judge(runs, post_hoc)
+    note = 'Post hoc: the rules are younger than these runs. † has no interval.\n\n' if post_hoc else ''
     found = {
-        run['name']: run['controls']['commits']['last']
-        for (_, other), run in runs.items()
-        if other == seed and 'commits' in (run['controls'] or {})
+        'Premise': note + premise_in_words(judged),
+        'Verdicts': verdict_table(judged),
+        'Rebuilt or leaked': rotation_in_words(judged),
+        'Objects': object_table(runs, post_hoc),
+        'Evidence': evidence_table(judged),
     }
-    if not found:
-        return
-    with figure(
-        path,
-        'C after the last sublayer: what each sublayer commits, share of the mean magnitude',
-        len(found),
-        2,
-        (5.5, 2.8),
-    ) as axes:
-        for i, (name, last) in enumerate(found.items()):
-            for axis, place, label in zip(
-                axes[2 * i : 2 * i + 2],
-                ('start_at_start_dim', 'mean_at_dominant'),
-                ('position 0, j0', 'all positions, j*'),
-            ):
-                parts = [
-                    np.array([math.nan if v is None else v for v in last[place][part]])
-                    / last[place]['magnitude']
-                    for part in ('identity', 'map')
-                ]
-                x = np.arange(len(parts[0]))
-                for offset, part, color, legend in zip(
-                    (-0.2, 0.2), parts, ('#0072B2', '#D55E00'), ('identity: c · D', 'map: c · U_P V_P D')
-                ):
-                    axis.bar(x + offset, part, 0.4, color=color, label=legend)
-                if 'mean_at_others' in last:
-                    other = last[place.split('_at_')[0] + '_at_others']
-                    both = [(a + b) / other['magnitude'] for a, b in zip(other['identity'], other['map'])]
-                    axis.plot(
-                        x, both, color='#000000', marker='.', linewidth=1, label='both, other dimensions'
-                    )
-                axis.set_title(
-                    f'{name}: {label} = {last[place]["dim"]}, mean |C| = {short(last[place]["magnitude"], 3)}',
-                    fontsize='medium',
-                )
-                axis.set(xlabel='committing sublayer', ylabel='share')
-                axis.xaxis.get_major_locator().set_params(integer=True)
-                axis.axhline(0, color='#999999', linewidth=0.8)
-                axis.grid(alpha=0.3)
-        axes[0].legend(fontsize='small')
+    return {title: text for title, text in found.items() if text}
 
 
-TABLES = {
-    'Existence': existence_table,
-    'Verdicts': verdict_table,
-    'Evidence': evidence_table,
-    'At the loss that all runs of a seed reach, interpolated; largest value over the sublayers, no intervals': matched_table,
-    'Controls': controls_table,
-}
+def tables_first(runs):
+    """Returns {title: text} for the runs of one scale by the first set of rules."""
+    judged = first_rules.judge(runs)
+    verdicts = [(claim, text, said) for claim, (text, said, _) in judged.items()]
+    evidence = [
+        (claim, item.seed, item.condition, item.numbers, 'yes' if item.holds else 'no')
+        for claim, (_, _, found) in judged.items()
+        for item in found
+        if isinstance(item, Evidence)
+    ]
+    return {
+        'Verdicts': markdown(['claim', 'is', 'verdict'], verdicts),
+        'Evidence': markdown(['claim', 'seed', 'condition', 'numbers', 'holds'], evidence),
+    }
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument('folder', type=Path, help='one that holds <arm>_<scale>_<seed>/')
+    parser.add_argument('--rules', choices=('first', 'second'), default='second')
     parser.add_argument(
-        'folder',
-        nargs='?',
-        type=Path,
-        default=Path(__file__).parent,
-        help='one that holds <arm>_<scale>_<seed>/ (default: where this file is)',
+        '--post-hoc', action='store_true', help='judge values where a measurement has no intervals'
     )
-    folder = parser.parse_args(argv).folder
+    args = parser.parse_args(argv)
     try:
-        runs = read_runs(folder)
-        for title, table in TABLES.items():
-            print(f'{title}\n\n{table(runs)}\n')
-        draw_onset(runs, folder / 'onset.png')
-        draw_commits(runs, folder / 'commits.png')
+        for scale, runs in by_scale(runs_in(args.folder)).items():
+            found = tables_first(runs) if args.rules == 'first' else tables_second(runs, args.post_hoc)
+            for title, text in found.items():
+                print(f'## {scale}: {title}\n\n{text}\n')
     except UserError as error:
         sys.exit(f'error: {error}')
 
