@@ -1,20 +1,33 @@
 """
-Prints the tables of the README and of results/README.md from the files in results/, so that text and data cannot drift apart: a test compares them.
+Makes every table of results/README.md from the files in results/, so that text and data cannot drift apart.
 
-    python -m studies.tables
+    python -m studies.tables              prints all tables
+    python -m studies.tables --write      puts each in its place, between <!-- table NAME --> and <!-- end -->
+
+A test holds results/README.md to what this prints.
 """
 
-import json
+import argparse
 import re
+import sys
 from functools import cache
-from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parent.parent / 'results'
-from studies import verdicts
-from studies.verdicts import markdown
+from data.loader import UserError, atomic_write
+from studies import first_rules, verdicts
+from studies.pack import read_json
+from studies.results import (
+    DOSE,
+    RESULTS,
+    by_scale,
+    markdown,
+    runs_in,
+    significant,
+    stream_label,
+    with_interval,
+)
 
-read_runs = cache(verdicts.read_runs)
-
+README = RESULTS / 'README.md'
+SOURCE_SETS = ('demo_long', 'comparison_160m', 'comparison_290m')  # judged by the first set of rules
 COLUMNS = {
     'fixed_dim_ratio': 'fixed-dimension ratio',
     'start_ratio': 'start ratio',
@@ -23,62 +36,59 @@ COLUMNS = {
     'kurtosis': 'kurtosis',
     'max_over_median': 'max over median',
 }
+BLOCK = re.compile(r'<!-- table (.+?) -->\n(.*?)<!-- end -->', re.S)
 
 
-def cell(q):
-    return f'{q["value"]:.3g} [{q["low"]:.3g}, {q["high"]:.3g}]'
+@cache
+def runs_of(name):
+    """Returns the runs of a set in results/."""
+    return runs_in(RESULTS / name)
 
 
-def comparisons():
-    """The folders of runs that verdicts are made from beside the demo's."""
-    return sorted({path.parent.parent for path in RESULTS.glob('comparison_*/*/measure.json')})
+@cache
+def compared(name):
+    """Returns {(arm, seed): run} of a set in results/ that has one scale."""
+    (runs,) = by_scale(runs_of(name)).values()
+    return runs
 
 
-def named(stream, s):
-    """The decoded stream is bold."""
-    return f'**{stream}**' if s['decoded'] else stream
+# ---- Runs
 
 
-def table(folder):
-    """folder: one that holds <run>/measure.json. Returns a Markdown table: a line for each run and stream, 95% intervals over sequences."""
-    rows = []
-    for path in sorted(Path(folder).glob('*/measure.json')):
-        report = json.loads(path.read_text())
-        rows += [
-            (path.parent.name, named(stream, s), cell(report['loss']), *(cell(s[key]) for key in COLUMNS))
-            for stream, s in report['streams'].items()
-        ]
+def run_table(name):
+    """A line for each run and stream of a set: headlines with 95% intervals over sequences."""
+    rows = [
+        (
+            run.name,
+            stream_label(stream, entry),
+            with_interval(run.measure['loss']),
+            *(with_interval(entry[key]) for key in COLUMNS),
+        )
+        for run in runs_of(name)
+        for stream, entry in run.measure['streams'].items()
+    ]
     return markdown(['run', 'stream', 'loss (nats per token)', *COLUMNS.values()], rows)
 
 
-def scale_of(folder):
-    return {'demo_long': 'demo, five times longer'}.get(folder.name, folder.name.removeprefix('comparison_'))
-
-
 def how_many(answers):
-    """How many of the answers, True or False, or None where there is none, are True."""
-    given = [answer for answer in answers if answer is not None]
-    return f'{sum(given)} of {len(given)}'
+    """Returns how many of the answers are True, of those that are known: '2 of 3'."""
+    known = [answer for answer in answers if answer is not None]
+    return f'{sum(known)} of {len(known)}'
 
 
-def arms(folders):
-    """folders: such that hold <arm>_<scale>_<seed>/measure.json. Returns a Markdown table: a line for each scale, arm and stream, the values of all its seeds, without intervals, and how
-    many of them have a start-token outlier. Doses of α are left out, which have a figure, and the shorter cosines, which are there for the loss they end at."""
+def arm_table(names):
+    """A line for each scale, arm and stream, with the headlines of all seeds.
+    Doses of α and shorter cosines are left out."""
+    left_out = re.compile(rf'ledger_a\d.*|{first_rules.SHORT}.*')
     found = {}
-    for folder in folders:
-        for (arm, seed), run in read_runs(folder).items():
-            for stream, s in (
-                run['measure']['streams'].items()
-                if not re.match(rf'ledger_a\d|{verdicts.SHORT}', arm)
-                else ()
-            ):
-                values = [
-                    f'{run["measure"]["val_loss"]:.3f}',
-                    *(verdicts.short(s[key]['value'], 3) for key in COLUMNS),
-                ]
-                found.setdefault((scale_of(folder), arm, named(stream, s)), []).append(
-                    (verdicts.has_outlier(run, stream, seed), values)
-                )
+    for name in names:
+        for run in runs_of(name):
+            if left_out.fullmatch(run.arm):
+                continue
+            for stream, entry in run.measure['streams'].items():
+                values = [f'{run.loss:.3f}', *(significant(entry[key]['value'], 3) for key in COLUMNS)]
+                key = run.scale, run.arm, stream_label(stream, entry)
+                found.setdefault(key, []).append((first_rules.has_outlier(run, stream), values))
     rows = [
         (*key, how_many(has for has, _ in seeds), *map(', '.join, zip(*(values for _, values in seeds))))
         for key, seeds in found.items()
@@ -86,104 +96,179 @@ def arms(folders):
     return markdown(['scale', 'arm', 'stream', 'outlier', 'loss', *COLUMNS.values()], rows)
 
 
-def claims(folders):
-    """The verdicts on every claim, a column for each folder of runs."""
-    judged = [verdicts.judge(read_runs(folder)) for folder in folders]
-    said = lambda word: word.partition('; needs')[0] if not word.startswith('cannot') else 'not judged yet'
-    return markdown(
-        ['claim', *map(scale_of, folders)],
-        [(judged[0][key][0], *(said(one[key][1]) for one in judged)) for key in judged[0]],
-    )
+def claim_table(names):
+    """The verdicts by the first set of rules, a column for each set."""
+    judged = [first_rules.judge(compared(name)) for name in names]
+    rows = [
+        (text, *(one[claim][1].partition('; needs')[0] for one in judged))
+        for claim, (text, _, _) in judged[0].items()
+    ]
+    return markdown(['claim', *names], rows)
 
 
-def outliers(folder):
-    """In words: of how many seeds of the ledger C has a start-token outlier by the rule of verdicts.py, by the price of committing."""
-    found = {}
-    for (arm, seed), run in read_runs(folder).items():
-        if re.fullmatch(r'ledger(_hs|_a[\d.]+)?', arm):
-            found.setdefault(run['measure']['model']['commit_sparsity'], []).append(
-                verdicts.has_outlier(run, 'C', seed)
-            )
-    return ', '.join(f'{how_many(has)} at {alpha:g}' for alpha, has in sorted(found.items()))
-
-
-def lag(folder):
-    """In words: the loss of `ledger`, of the same without a price, and of the same whose gates open late, less that of the baseline of each seed."""
-    losses = {key: run['measure']['val_loss'] for key, run in read_runs(folder).items()}
-    found = {}
-    for (arm, seed), loss in losses.items():
-        if re.fullmatch(r'ledger(_a0|_ramp\d+)?', arm) and ('baseline', seed) in losses:
-            found.setdefault(arm, []).append(f'{loss - losses["baseline", seed]:+.3f}')
-    return ', '.join(f'`{arm}` {", ".join(values)}' for arm, values in found.items())
-
-
-def fits():
-    """The fits of emergence.py: for each stream of the sweep, and for each stream of each 160m run."""
+def existence_table(name):
+    """A line for each run and stream: the three conditions of the first set of rules."""
     rows = []
+    for run in compared(name).values():
+        for stream, entry in run.measure['streams'].items():
+            cells = [
+                f'{line.numbers.replace("trained ", "", 1)}: {"yes" if line.holds else "no"}'
+                for line in first_rules.existence(run, stream)
+            ]
+            label = stream_label(stream, entry)
+            rows.append((run.name, label, *cells, first_rules.outlier_cell(run, stream)))
+    conditions = ['start ratio, ≥ 3 × untrained', 'start persistence, ≥ 0.5', 'start-token conc., above']
+    return markdown(['run', 'stream', *conditions, 'outlier'], rows)
+
+
+def price_table(names):
+    """A line for each set and dose of α: in how many seeds C has an outlier by the first set of rules,
+    the mean commit gate at the end, and the loss less that of the baseline of the same seed."""
+    rows = []
+    for name in names:
+        runs = compared(name)
+        doses = {}
+        for run in runs.values():
+            if DOSE.fullmatch(run.arm) or run.arm.startswith('ledger_ramp'):
+                label = f'{run.alpha:g}' + ', gates open last' * run.arm.startswith('ledger_ramp')
+                doses.setdefault((run.alpha, label), []).append(run)
+        for (_, label), group in sorted(doses.items()):
+            gates = [sum(run.log[-1]['commit_rate']) / len(run.log[-1]['commit_rate']) for run in group]
+            lag = [
+                f'{run.loss - runs["baseline", run.seed].loss:+.3f}'
+                for run in group
+                if ('baseline', run.seed) in runs
+            ]
+            has = how_many(first_rules.has_outlier(run, 'C') for run in group)
+            rows.append((name, label, has, ', '.join(significant(x, 2) for x in gates), ', '.join(lag)))
+    header = ['set', 'α', 'seeds with an outlier in C', 'mean commit gate', "loss − the baseline's"]
+    return markdown(header, rows)
+
+
+def post_hoc_table(name):
+    """The verdicts on claims 1 to 4 by the second set of rules, where the files allow."""
+    judged = verdicts.judge(compared(name), post_hoc=True)
+    some = {key: found for key, found in judged.items() if key[0] in ('premise', '1', '2', '3', '4')}
+    return verdicts.verdict_table(some)
+
+
+# ---- Controls
+
+
+def control_windows(run, stream):
+    """Returns the start ratio on each kind of window as cells."""
+    return [
+        with_interval(window['streams'][stream]['start_ratio']) if 'streams' in window else '–'
+        for window in run.controls['windows'].values()
+    ]
+
+
+def control_ranks(entry):
+    """Returns the ranks of j* and j0 among all dimensions as cells."""
+    return [
+        f'{x["dim"]}: {x["rank_by_m"]}, {x["rank_by_p"]}, {x["rank_by_concentration"]}'
+        for x in (entry['dominant_dim'], entry['start_dim'])
+    ]
+
+
+def map_shares(run, entry):
+    """Returns the share of C that U_P V_P adds, at three places, as cells."""
+    last = run.controls.get('commits', {}).get('last') if entry['decoded'] else None
+    places = ('start_at_start_dim', 'mean_at_dominant', 'mean_at_others')
+    return [f'{last[place]["map_share"]:.0%}' if last and place in last else '–' for place in places]
+
+
+def control_table(name):
+    """A line for each run and stream with controls: other windows, other dimensions, what C is made of."""
+    rows = [
+        (run.name, stream, *control_windows(run, stream), *control_ranks(entry), *map_shares(run, entry))
+        for run in compared(name).values()
+        if run.controls
+        for stream, entry in run.controls['streams'].items()
+    ]
+    kinds = ('anywhere', 'at a document', 'at its end-of-text', 'anywhere, bfloat16')
+    ranks = ['j*: rank by m, p, p/m', 'j0: rank by m, p, p/m']
+    shares = ["U_P V_P's share of C at (0, j0)", 'at j*', 'elsewhere']
+    return markdown(['run', 'stream', *(f'start ratio, {kind}' for kind in kinds), *ranks, *shares], rows)
+
+
+def precision_table(names):
+    """For each quantity the largest change that bfloat16 streams make to a headline, over all controls."""
+    windows = [run.controls['windows'] for name in names for run in compared(name).values() if run.controls]
+    rows = []
+    for key, label in COLUMNS.items():
+        pairs = [
+            (w['anywhere_bfloat16']['streams'][stream][key]['value'], entry[key]['value'])
+            for w in windows
+            for stream, entry in w['anywhere']['streams'].items()
+        ]
+        if key == 'persistence':
+            largest = f'{max(abs(x - y) for x, y in pairs):.3f} of the sublayers'
+        else:
+            largest = f'{max(abs(x - y) / abs(y) for x, y in pairs):.1%}'
+        rows.append((label, len(pairs), largest))
+    return markdown(['headline', 'streams', 'largest change'], rows)
+
+
+# ---- Emergence
+
+STREAMS_OF = {'baseline/h': 'h', 'ledger/D': 'D', 'ledger/C': 'C'}
+
+
+def emergence(name):
+    return read_json(RESULTS / 'emergence' / name / 'emergence.json')
+
+
+def fit_row(run, stream, lines):
+    """lines: of the summary in emergence.json, for one stream. Returns a row of fit_table."""
+    fitted, preferred, identifiable = (
+        sum(line[key] for line in lines) for key in ('fitted', 'f_preferred', 'identifiable')
+    )
+    mean = sum(line['r2'] * line['fitted'] for line in lines) / fitted
+    least = min(line['r2_least'] for line in lines)
+    kinds = ('early peak', 'log increase', 'neither')
+    classes = ' / '.join(str(sum(line['classes'].get(kind, 0) for line in lines)) for kind in kinds)
+    return run, stream, fitted, f'{mean:.3f} ({least:.2f})', preferred, identifiable, classes
+
+
+def fit_table():
+    """A line for each stream of the sweep, and for each stream of each run at 160m."""
+    groups = {}
     for name in ('sweep', '160m'):
-        summary = json.loads((RESULTS / 'emergence' / name / 'emergence.json').read_text())['summary']
-        groups = {}
-        for line in summary:
-            groups.setdefault(
-                ('28 small architectures' if name == 'sweep' else line['run'], line['stream']), []
-            ).append(line)
-        for (run, stream), some in groups.items():
-            count = {
-                key: sum(line[key] for line in some) for key in ('fitted', 'f_preferred', 'identifiable')
-            }
-            r2 = sum(line['r2'] * line['fitted'] for line in some) / count['fitted']
-            classes = ' / '.join(
-                str(sum(line['classes'].get(key, 0) for line in some))
-                for key in ('early peak', 'log increase', 'neither')
-            )
-            rows.append(
-                (
-                    run,
-                    stream,
-                    count['fitted'],
-                    f'{r2:.3f} ({min(line["r2_least"] for line in some):.2f})',
-                    count['f_preferred'],
-                    count['identifiable'],
-                    classes,
-                )
-            )
-    return markdown(
-        [
-            'runs',
-            'stream',
-            'series',
-            'mean R² (least)',
-            'f is best by AIC',
-            'all five identifiable',
-            'early peak / log increase / neither',
-        ],
-        rows,
-    )
+        for line in emergence(name)['summary']:
+            run = '28 small architectures' if name == 'sweep' else line['run']
+            groups.setdefault((run, line['stream']), []).append(line)
+    header = ['runs', 'stream', 'series', 'mean R² (least)', 'f is best by AIC', 'all five identifiable']
+    rows = [fit_row(*key, lines) for key, lines in groups.items()]
+    return markdown([*header, 'early peak / log increase / neither'], rows)
 
 
-def predictions():
-    """How well emergence.py predicts what it has not seen from the architecture."""
+def prediction_table():
+    """How well the architecture alone predicts what was left out."""
     words = {'curve': 'the whole curve', 'final': 'ratio at the end', 'half_step': 'step of half height'}
-    found = json.loads((RESULTS / 'emergence/sweep/emergence.json').read_text())['prediction']
     rows = []
-    for key, line in found.items():
-        alone = ', '.join(
-            '–' if arm not in line['r2_of_arm'] else f'{line["r2_of_arm"][arm]:.2f}'
-            for arm in ('baseline/h', 'ledger/D', 'ledger/C')
-        )
-        rows.append(
-            (
-                words.get(key, key),
-                line['n'],
-                f'{line["r2_architectures_out"]:.2f}',
-                f'{line["r2_random_split"]:.2f}',
-                alone,
-            )
-        )
-    return markdown(
-        ['predicted', 'series', 'R², architectures left out', 'R², random split', 'of h, D, C alone'], rows
-    )
+    for key, line in emergence('sweep')['prediction'].items():
+        of_arm = line['r2_of_arm']
+        alone = [f'{of_arm[arm]:.2f}' if arm in of_arm else '–' for arm in STREAMS_OF]
+        pooled = [f'{line[split]:.2f}' for split in ('r2_architectures_out', 'r2_random_split')]
+        rows.append((words.get(key, key), line['n'], *pooled, *alone))
+    header = ['predicted', 'series', 'R², architectures left out', 'R², random split']
+    return markdown([*header, *(f'R² within {stream}' for stream in STREAMS_OF.values())], rows)
 
+
+def onset_table():
+    """The growth of a ratio beside what a class of tokens adds to the fall of the loss: rank correlations."""
+    rows = []
+    for path in sorted((RESULTS / 'emergence/onset').glob('*.json')):
+        for entry in read_json(path)['streams']:
+            found = {kind: x for kind, x in entry['with'].items() if x['p'] is not None}
+            kind = min(found, key=lambda name: found[name]['p'])
+            ratio, p = f'{entry["stream"]}, {entry["ratio"]}', f'{found[kind]["p"]:.3f}'
+            rows.append((path.stem, ratio, len(found), kind, f'{found[kind]["rank_correlation"]:.2f}', p))
+    return markdown(['run', 'of', 'classes', 'smallest p for', 'rank correlation', 'p'], rows)
+
+
+# ---- Interventions and probes
 
 CHANGES = {
     'the four largest entries of each sequence, zeroed': ('stream', 'top', 'zero', 'once'),
@@ -195,202 +280,138 @@ CHANGES = {
     'all magnitudes clipped at their 0.9 quantile': ('stream', 'all', 'clip 0.9', 'once'),
 }
 EDITED = {
-    '160m baseline, h': ('pysource_160m_lr6e-4/baseline_160m_1337', 'h'),
-    '160m ledger, D': ('pysource_160m_lr6e-4/ledger_160m_1337', 'D'),
-    '160m ledger, C': ('pysource_160m_lr6e-4/ledger_160m_1337', 'C'),
+    '160m baseline, 61M tokens, h': ('pysource_160m_lr6e-4/baseline_160m_1337', 'h'),
+    '160m ledger, D': ('comparison_160m/ledger_160m_1337', 'D'),
+    '160m ledger, C': ('comparison_160m/ledger_160m_1337', 'C'),
     'longer demo, baseline, h': ('demo_long/baseline_demo_1337', 'h'),
     'longer demo, ledger, D': ('demo_long/ledger_demo_1337', 'D'),
     'longer demo, ledger, C': ('demo_long/ledger_demo_1337', 'C'),
-    '160m ledger, 101M tokens, D': ('comparison_160m/ledger_160m_1337', 'D'),
-    '160m ledger, 101M tokens, C': ('comparison_160m/ledger_160m_1337', 'C'),
 }
-
-
-def interventions(names, changes):
-    """Ratios of perplexities after to before, with 95% intervals; after the semicolon, of the control `moved`, the very change made in other dimensions of the same tokens."""
-    found = {}
-    for name in names:
-        run, stream = EDITED[name]
-        results = [
-            r
-            for r in json.loads((RESULTS / run / 'intervene.json').read_text())['results']
-            if r['stream'] == stream
-        ]
-        found[f'{name} after {results[0]["sublayer"]}'] = {
-            tuple(r[key] for key in ('where', 'what', 'how', 'reach')): r for r in results
-        }
-    rows = []
-    for words, key in changes.items():
-        cells = [
-            '–'
-            if key not in of
-            else '{value:.3f} [{low:.3f}, {high:.3f}]'.format(**of[key]['edit']['ratio'])
-            + f'; {of[key]["controls"]["moved"]["ratio"]["value"]:.3f}'
-            for of in found.values()
-        ]
-        rows.append((words, *cells))
-    return markdown(['changed', *found], rows)
-
-
 PROBED = ('token class', 'next token class', 'position', 'line start', 'bracket depth', 'inside')
 
 
-def probes():
-    """Balanced accuracy of linear probes in percent, smallest and largest over the seeds, where the fixed-dimension ratio is largest."""
+def changes_in(run, stream):
+    """Returns the sublayer and {(where, what, how, reach): result} of an intervene.json."""
+    results = read_json(RESULTS / run / 'intervene.json')['results']
+    of_stream = [result for result in results if result['stream'] == stream]
+    keys = ('where', 'what', 'how', 'reach')
+    return of_stream[0]['sublayer'], {tuple(result[key] for key in keys): result for result in of_stream}
+
+
+def change_cell(result):
+    """Returns the ratio of perplexities with its interval; after the semicolon, of the control."""
+    if result is None:
+        return '–'
+    x, control = result['edit']['ratio'], result['controls']['moved']['ratio']['value']
+    return f'{x["value"]:.3f} [{x["low"]:.3f}, {x["high"]:.3f}]; {control:.3f}'
+
+
+def intervention_table():
+    """Each cell is the perplexity after a change over the one before, with a 95% interval.
+    The number after the semicolon is the control: the same change in other dimensions of the same tokens."""
+    found = {name: changes_in(*place) for name, place in EDITED.items()}
+    header = [f'{name} after {sublayer}' for name, (sublayer, _) in found.items()]
+    rows = [
+        (words, *(change_cell(results.get(key)) for _, results in found.values()))
+        for words, key in CHANGES.items()
+    ]
+    return markdown(['changed', *header], rows)
+
+
+def accuracy_cell(x):
+    """x: {'value', 'low', 'high'}, shares. Returns them in percent."""
+    return f'{100 * x["value"]:.0f} [{100 * x["low"]:.0f}, {100 * x["high"]:.0f}]'
+
+
+def probe_table():
+    """Balanced accuracy of linear probes in percent, with the smallest and largest over the seeds, where the
+    fixed-dimension ratio is largest."""
     rows = []
     for name, (run, stream) in EDITED.items():
-        if not (RESULTS / run / 'probe.json').exists():
-            continue
-        place = json.loads((RESULTS / run / 'probe.json').read_text())['streams'][stream][0]
+        place = read_json(RESULTS / run / 'probe.json')['streams'][stream][0]
         for told in ('mean', 'start', 'random', 'all'):
-            cells = [
-                '{value:.0f} [{low:.0f}, {high:.0f}]'.format(
-                    **{k: 100 * v for k, v in place['tasks'][task]['linear'][told]['balanced'].items()}
-                )
-                for task in PROBED
-            ]
+            cells = [accuracy_cell(place['tasks'][task]['linear'][told]['balanced']) for task in PROBED]
             rows.append((f'{name} after {place["sublayer"]}', told, *cells))
-        cells = [f'{100 / len(place["tasks"][task]["classes"]):.0f}' for task in PROBED]
-    return markdown(['stream', 'told', *PROBED], [*rows, ('', 'chance', *cells)])
+        chance = [f'{100 / len(place["tasks"][task]["classes"]):.0f}' for task in PROBED]
+    return markdown(['stream', 'told', *PROBED], [*rows, ('', 'chance', *chance)])
 
 
-SCALING = ('bench_290m_32.json', 'two_gpus_290m.json')
+# ---- Speed
+
+SCALING = {1: 'h100/bench_290m_32.json', 2: 'h100/two_gpus_290m.json'}  # by the number of GPUs
 
 
-def scaling():
-    """290m, 32 sequences a GPU: tokens/s over all GPUs, efficiency against one, and the share of a step spent waiting for gradients."""
-    one, two = (json.loads((RESULTS / 'h100' / name).read_text()) for name in SCALING)
+def scaling_table():
+    """290m, 32 sequences a GPU: tokens/s over all GPUs, efficiency against one, and the share of a step spent
+    waiting for gradients."""
+    arms = {count: read_json(RESULTS / name)['arms'] for count, name in SCALING.items()}
     rows = []
-    for report in (one, two):
-        for arm, line in report['arms'].items():
-            n = report['processes']
+    for count, reports in arms.items():
+        for arm, line in reports.items():
+            rate, alone = line['tokens_per_s'], arms[1][arm]['tokens_per_s']
+            waiting = '–' if count == 1 else f'{line["waiting_for_gradients"]:.1%}'
+            efficiency = f'{rate / count / alone:.2f}'
             rows.append(
-                (
-                    f'{arm}_290m',
-                    n,
-                    f'{line["tokens_per_s"] / 1000:.0f}',
-                    f'{line["tokens_per_s"] / n / one["arms"][arm]["tokens_per_s"]:.2f}',
-                    '–' if n == 1 else f'{line["waiting_for_gradients"]:.1%}',
-                    f'{line["ratio"]:.2f}',
-                )
+                (f'{arm}_290m', count, f'{rate / 1000:.0f}', efficiency, waiting, f'{line["ratio"]:.2f}')
             )
-    return markdown(
-        ['arm', 'GPUs', 'thousand tokens/s', 'efficiency', 'waiting for gradients', 'ledger ÷ baseline'], rows
-    )
+    header = ['arm', 'GPUs', 'thousand tokens/s', 'efficiency', 'waiting for gradients']
+    return markdown([*header, 'ledger ÷ baseline'], rows)
 
 
-def sentences():
-    """Returns {what: text} of the numbers that the README says in words."""
-    fitted = {
-        name: json.loads((RESULTS / 'emergence' / name / 'emergence.json').read_text())
-        for name in ('sweep', '160m')
-    }
-
-    def r2(name, stream):
-        some = [line for line in fitted[name]['summary'] if line['stream'] == stream]
-        return (
-            ' and '.join(f'{line["r2"]:.3f}' for line in some)
-            if name == '160m'
-            else f'{sum(line["r2"] * line["fitted"] for line in some) / sum(line["fitted"] for line in some):.3f}'
-        )
-
-    predicted = {
-        key: f'{line["r2_architectures_out"]:.2f}' for key, line in fitted['sweep']['prediction'].items()
-    }
-    five = sorted((predicted[key] for key in ('A', 'lambda', 'gamma', 't0', 'K')), key=float)
-    told = {}
-    for name, (run, stream) in list(EDITED.items())[:3]:
-        place = json.loads((RESULTS / run / 'probe.json').read_text())['streams'][stream][0]
-        told[f'{stream} after {place["sublayer"]}'] = [
-            f'{100 * place["tasks"]["position"]["linear"][part]["balanced"]["value"]:.0f}'
-            for part in ('start', 'random', 'all')
-        ]
-    looked = [json.loads(path.read_text()) for path in sorted((RESULTS / 'emergence/onset').glob('*.json'))]
-    found = [
-        (with_class['p'], s['stream'], kind)
-        for report in looked
-        for s in report['streams']
-        for kind, with_class in s['with'].items()
-        if with_class['p'] is not None
-    ]
-    least, stream, kind = min(found)
-    one, two = (
-        {
-            arm: line['tokens_per_s']
-            for arm, line in json.loads((RESULTS / 'h100' / name).read_text())['arms'].items()
-        }
-        for name in SCALING
-    )
-    compared = [run for folder in comparisons() for run in read_runs(folder).values()]
-    speed = {
-        scale: json.loads((RESULTS / 'h200' / f'bench_{scale}_bf16.json').read_text())['arms']
-        for scale in ('160m', '290m')
-    }
-    measured = json.loads((RESULTS / 'h100/bench_measure.json').read_text())['arms']
-    quick, windows = speed['160m'], [run['controls']['windows'] for run in compared if run['controls']]
-    moved = {
-        key: [
-            (w['anywhere_bfloat16']['streams'][stream][key]['value'], q[key]['value'])
-            for w in windows
-            for stream, q in w['anywhere']['streams'].items()
-        ]
-        for key in COLUMNS
-    }
-    shares = max(abs(x - y) for x, y in moved.pop('persistence'))  # of the sublayers
-    most = max(abs(x - y) / abs(y) for pairs in moved.values() for x, y in pairs)
-    return {
-        'outliers': outliers(RESULTS / 'comparison_160m'),
-        'lag': f'at 160M {lag(RESULTS / "comparison_160m")}; in the longer demo {lag(RESULTS / "demo_long")}',
-        'speed': '; '.join(
-            f'{scale}, baseline {arms["baseline"]["tokens_per_s"] / 1000:.0f} and ledger {arms["ledger"]["tokens_per_s"] / 1000:.0f} thousand tokens/s '
-            f'({arms["ledger"]["ratio"]:.2f})'
-            for scale, arms in speed.items()
-        ),
-        'memory': f'{quick["baseline"]["peak_memory_GB"]:.1f} and {quick["ledger"]["peak_memory_GB"]:.1f} GB, {quick["baseline"]["first_step_s"]:.0f} and '
-        f'{quick["ledger"]["first_step_s"]:.0f} s to the first finished step with cold compiler caches',
-        'measuring': f'{measured["baseline"]["ratio"]:.1f} (baseline) and {measured["ledger"]["ratio"]:.1f} times (ledger) a plain float32 forward pass',
-        'precisions': f'streams in bfloat16 move persistence by {shares:.2f} at most, nothing else above by more than {most:.1%}',
-        'onset': f'of {len(found)} rank correlations between the growth of a ratio and the share of a class of tokens in the fall of the loss, the smallest p is {least:.3f} ({stream}, {kind})',
-        'fits': 'mean R² of the sweep: '
-        + ', '.join(f'{stream} {r2("sweep", stream)}' for stream in 'hDC')
-        + '; of the 160M runs: '
-        + ', '.join(f'{stream} {r2("160m", stream)}' for stream in 'hDC'),
-        'scaling': f'two H100s take {two["baseline"] / one["baseline"]:.2f} (baseline) and {two["ledger"] / one["ledger"]:.2f} times (ledger) the tokens/s of one, with 32 sequences each',
-        'predictions': f'R² {predicted["final"]} for the ratio at the end, mostly arm and depth; {predicted["half_step"]} for the step of half height; {five[0]} to {five[-1]} for the five parameters',
-        'probes': '; '.join(f'{name} {", ".join(values)}%' for name, values in told.items()),
-    }
+# ---- All of them
 
 
 def tables():
-    """Returns {what: Markdown} of every table."""
-    short = {
-        words: key for words, key in CHANGES.items() if key[0] == 'stream' and key[1] in ('start', 'dims')
+    """Returns {name: function that makes the Markdown} of every table."""
+    found = {
+        'arms': lambda: arm_table(SOURCE_SETS[1:]),
+        'claims': lambda: claim_table(SOURCE_SETS),
+        'price': lambda: price_table(SOURCE_SETS),
+        'precision': lambda: precision_table(SOURCE_SETS[1:]),
+        'fits': fit_table,
+        'predictions': prediction_table,
+        'onset': onset_table,
+        'interventions': intervention_table,
+        'probes': probe_table,
+        'scaling': scaling_table,
     }
-    folders = sorted({path.parent.parent for path in RESULTS.glob('*/*/measure.json')})
-    compared = comparisons()
-    return {
-        **{folder.name: table(folder) for folder in folders},
-        'arms': arms(compared),
-        'claims': claims([RESULTS / 'demo_long', *compared]),
-        'verdicts, demo_long': verdicts.verdict_table(read_runs(RESULTS / 'demo_long')),
-        'fits': fits(),
-        'predictions': predictions(),
-        'interventions': interventions([*list(EDITED)[:3], 'longer demo, ledger, C'], short),
-        **{
-            f'{name}, {folder.name}': of(read_runs(folder))
-            for folder in compared
-            for name, of in verdicts.TABLES.items()
-            if name != 'Evidence'
-        },
-        'interventions, all': interventions(EDITED, CHANGES),
-        'probes': probes(),
-        'scaling': scaling(),
-    }
+    for name in ('demo', 'pysource_160m', 'pysource_160m_lr6e-4', *SOURCE_SETS):
+        found[f'runs of {name}'] = lambda name=name: run_table(name)
+    for name in SOURCE_SETS:
+        found[f'post hoc, {name}'] = lambda name=name: post_hoc_table(name)
+    for name in SOURCE_SETS[1:]:
+        found[f'existence in {name}'] = lambda name=name: existence_table(name)
+        found[f'controls in {name}'] = lambda name=name: control_table(name)
+    return found
+
+
+def filled(text):
+    """Returns a README with every table between its marks; raises UserError for a mark without a table."""
+    makers = tables()
+
+    def block(match):
+        if match[1] not in makers:
+            raise UserError(f'there is no table {match[1]}: expected one of {", ".join(makers)}')
+        return f'<!-- table {match[1]} -->\n{makers[match[1]]()}\n<!-- end -->'
+
+    return BLOCK.sub(block, text)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description='Makes the tables of results/README.md.')
+    parser.add_argument('--write', action='store_true', help='put them into results/README.md')
+    args = parser.parse_args(argv)
+    try:
+        if args.write:
+            text = filled(README.read_text())
+            with atomic_write(README, 'w') as file:
+                file.write(text)
+        else:
+            for name, make in tables().items():
+                print(f'{name}\n\n{make()}\n')
+    except UserError as error:
+        sys.exit(f'error: {error}')
 
 
 if __name__ == '__main__':
-    for name, text in {
-        **tables(),
-        **{f'{name}, in words': text for name, text in sentences().items()},
-    }.items():
-        print(f'{name}\n\n{text}\n')
+    main()

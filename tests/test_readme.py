@@ -1,9 +1,8 @@
-"""The README keeps its word: its example works, its numbers are those in results/, and it is short."""
+"""The README keeps its word: its example works and what it links is there."""
 
 import re
 from pathlib import Path
 
-import pytest
 import torch
 
 import model
@@ -11,9 +10,6 @@ from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / 'README.md').read_text()
-from studies import tables
-
-TABLES, SENTENCES = tables.tables(), tables.sentences()
 
 
 def block_after(mark):
@@ -41,23 +37,9 @@ def test_the_example_of_a_new_residual_operator_trains_as_it_stands(monkeypatch)
     assert losses[-1] < losses[0] - 0.1
 
 
-@pytest.mark.parametrize('name', TABLES)
-def test_every_table_is_made_from_the_files_in_results(name):
-    assert TABLES[name] in README + (ROOT / 'results/README.md').read_text()
-
-
-@pytest.mark.parametrize('name', SENTENCES)
-def test_numbers_in_words_are_those_of_the_files_in_results(name):
-    assert SENTENCES[name] in ' '.join(README.split())
-
-
 def test_every_file_that_the_readme_links_is_there():
     for target in re.findall(r'\]\(([^)#]+)\)', README):
         assert target.startswith('http') or (ROOT / target).exists(), target
-
-
-def test_the_readme_can_be_read_in_one_sitting():
-    assert len(README.splitlines()) < 250
 
 
 def test_ci_calls_the_readmes_commands_as_written():

@@ -1,0 +1,101 @@
+"""results/README.md and the files in results/: every table is made from them, and they are small."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from results_numbers import numbers_in, parsed, stands_in_results
+
+from data.loader import UserError
+from studies import tables
+from studies.pack import read_json, untrained_report
+from studies.results import RESULTS, significant, with_interval
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (RESULTS / 'README.md').read_text()
+MAKERS = tables.tables()
+
+
+@pytest.mark.parametrize('name', MAKERS)
+def test_every_table_is_made_from_the_files_in_results(name):
+    block = re.search(rf'^<!-- table {re.escape(name)} -->\n(.*?)\n<!-- end -->', README, re.M | re.S)
+    assert block, f'results/README.md has no place for the table {name}'
+    assert block[1] == MAKERS[name](), 'run python -m studies.tables --write'
+
+
+def test_a_place_for_a_table_that_nobody_makes_is_named():
+    with pytest.raises(UserError, match='there is no table of nothing: expected one of arms'):
+        tables.filled('<!-- table of nothing -->\n<!-- end -->')
+
+
+def test_filling_a_text_leaves_the_rest_of_it_as_it_is():
+    text = 'before\n\n<!-- table scaling -->\nold\n<!-- end -->\n\nafter\n'
+    filled = tables.filled(text)
+    assert filled.startswith('before\n\n<!-- table scaling -->\n| arm |') and filled.endswith('\n\nafter\n')
+    assert 'old' not in filled and tables.filled(filled) == filled
+
+
+def test_every_file_that_the_readme_links_is_there():
+    for target in re.findall(r'\]\(([^)#]+)\)', README):
+        assert target.startswith('http') or (RESULTS / target).exists(), target
+
+
+def test_every_heading_that_the_readme_links_is_there():
+    headings = [line.lstrip('#').strip().lower() for line in README.splitlines() if line.startswith('#')]
+    anchors = {re.sub(r'[^\w\- ]', '', heading).replace(' ', '-') for heading in headings}
+    assert set(re.findall(r'\]\(#([^)]+)\)', README)) <= anchors
+
+
+def test_results_are_small_and_hold_no_programs():
+    files = subprocess.run(['git', 'ls-files', 'results'], cwd=ROOT, capture_output=True, text=True).stdout
+    paths = [ROOT / line for line in files.splitlines()] or [p for p in RESULTS.rglob('*') if p.is_file()]
+    assert {path.suffix for path in paths} <= {'.json', '.jsonl', '.md', '.png'}
+    blocks = sum(-(-path.stat().st_size // 4096) for path in paths if path.exists())
+    assert blocks * 4096 <= 8e6
+
+
+def test_every_picture_is_one_that_a_readme_shows():
+    texts = README + (ROOT / 'README.md').read_text()
+    assert [path.name for path in RESULTS.rglob('*.png') if path.name not in texts] == []
+
+
+def test_every_run_that_shares_its_untrained_measurement_finds_it():
+    folders = [path.parent for path in RESULTS.glob('*/*/measure.json')]
+    sharing = [folder for folder in folders if 'untrained' in read_json(folder / 'measure.json')]
+    assert sharing and all(untrained_report(folder)['streams'] for folder in sharing)
+
+
+def test_how_many_leaves_out_what_nobody_knows():
+    assert tables.how_many([None, True, False]) == '1 of 2'
+
+
+def test_numbers_are_written_with_significant_digits_and_intervals():
+    written = [significant(x, 3) for x in (12.345, 0.012345, 1234.5, 0.0012345, 0, None)]
+    assert written == ['12.3', '0.0123', '1.23e3', '1.23e-3', '0', '–']
+    assert with_interval({'value': 1.0, 'low': 0.5, 'high': 2.0}) == '1 [0.5, 2]'
+    assert with_interval({'value': 1.0, 'low': None, 'high': None}) == '1'
+
+
+# ---- The helper that holds the README's numbers to the files
+
+
+def test_numbers_of_a_text_are_those_of_its_prose_and_tables():
+    prose = 'At 160M, 1.06 to 1,024 and −0.25 or 12%.\n'
+    text = prose + '```\n77\n```\n`88` [x](a/99.png) arXiv 2402.17762\n| 3e-4 |'
+    assert numbers_in(text) == ['1.06', '1,024', '−0.25', '12%', '3e-4']
+
+
+@pytest.mark.parametrize(
+    'number, value, places',
+    (('12.30', 12.3, -2), ('1,024', 1024, 0), ('−0.25', -0.25, -2), ('3e-4', 3e-4, -4), ('12%', 12, 0)),
+)
+def test_a_number_says_how_far_it_is_rounded(number, value, places):
+    assert parsed(number) == (value, places)
+
+
+def test_a_number_of_a_file_is_found_at_its_rounding_and_another_is_not():
+    loss = read_json(RESULTS / 'comparison_160m/baseline_160m_1337/measure.json')['val_loss']
+    assert stands_in_results(f'{loss:.4f}') and stands_in_results(f'{loss:.2f}')
+    assert not stands_in_results(f'{loss + 0.0001:.5f}1') and not stands_in_results('123456.789')
+    assert stands_in_results('0.24') and stands_in_results('+0.007')
