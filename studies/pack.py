@@ -8,7 +8,7 @@ What is packed:
 - numbers have four significant digits; losses and ratios of perplexities have six; logs have three;
 - measure.json keeps every headline, and of each sublayer what a verdict, a table or a figure reads;
 - an untrained measurement (measure_0.json) is there once: the measure.json of a run that shares it names
-  the run that has it, under "untrained", and `untrained_report` finds it;
+  the run that has it, under "untrained_in", and `untrained_report` finds it;
 - log.jsonl keeps the quantities that the figures draw, in at most 24 lines;
 - controls.json, intervene.json and probe.json keep what the tables show; other JSON files are only rounded;
 - pictures stay behind, for figures.py draws them again.
@@ -185,7 +185,7 @@ def untrained_report(folder):
     own = read_json(folder / 'measure_0.json')
     if own is not None:
         return own
-    elsewhere = (read_json(folder / 'measure.json') or {}).get('untrained')
+    elsewhere = (read_json(folder / 'measure.json') or {}).get('untrained_in')
     if elsewhere is None:
         return None
     shared = read_json(folder.parent / elsewhere / 'measure_0.json')
@@ -209,7 +209,7 @@ def twin_of(report, target):
 def is_named_elsewhere(target):
     """Does a run beside this one name it as the place of its untrained measurement?"""
     return any(
-        read_json(path).get('untrained') == target.name for path in target.parent.glob('*/measure.json')
+        read_json(path).get('untrained_in') == target.name for path in target.parent.glob('*/measure.json')
     )
 
 
@@ -227,7 +227,7 @@ def pack_run(source, target):
     if measured and untrained and not is_named_elsewhere(target):
         twin = twin_of(untrained, target)
         if twin is not None:
-            measured['untrained'] = twin
+            measured['untrained_in'] = twin
             del packed['measure_0.json']
             (target / 'measure_0.json').unlink(missing_ok=True)
     for name, report in packed.items():

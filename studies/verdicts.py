@@ -8,14 +8,14 @@ The verdicts on the claims about the outlier, by rules that were fixed before th
 Prints Markdown, with every number behind every verdict. The rules, in short:
 
 - Seed 1337 was a pilot: it is shown and never counted. A claim holds if it does in every seed that counts.
-- Every quantity is read three times. *Decoded*: after the last sublayer, which is what the head sees, at the
-  same depth in every arm. *Along the depth*: in at least half of the sublayers that count, which are those
-  where the mean norm of the stream is at least a tenth of its largest. *Published*: the headline of
-  measure.json, at the quantity's own peak over all sublayers; a concentration where m of its dimension peaks.
-- Two objects, against the untrained weights. An *outlier dimension*: the fixed-dimension ratio is at least 3
-  times the untrained. A *start-token outlier*: the start ratio is at least 3 times the untrained, and the
-  relative start concentration of its dimension is at least 1.5. Along the depth, the same dimension is the
-  largest in at least half of the sublayers that count.
+- Every quantity is read three times. *Decoded*: after the last sublayer, which is what the head sees, at
+  the same depth in every arm. *Along the depth*: in at least half of the sublayers that count, which are
+  those where the mean norm of the stream is at least a tenth of its largest. *Published*: after the
+  sublayer where m of the stream's dominant dimension peaks, whichever that is.
+- Two objects, against the untrained weights at the same sublayer. An *outlier dimension*: the
+  fixed-dimension ratio is at least 3 times the untrained. A *start-token outlier*: the start ratio is at
+  least 3 times the untrained, and the relative start concentration of its dimension is at least 1.5. Along
+  the depth, the same dimension is the largest in at least half of the sublayers that count.
 - *Apart* and *at least* are meant between the near ends of 95% intervals over sequences.
 - Losses are matched within 0.01 nats, with a baseline of the same seed.
 
@@ -46,7 +46,7 @@ DIMENSION, START = OBJECTS = ('outlier dimension', 'start-token outlier')
 QUANTITY_OF = {DIMENSION: 'fixed_dim_ratio', START: 'start_ratio'}
 LARGEST_OF = {DIMENSION: 'largest_dim', START: 'largest_start_dim'}
 ROTATED, SCRATCH = re.compile(r'rotated_commit(_.*)?'), re.compile(r'decode_scratch(_.*)?')
-ON_AXES_OF_D = 'QtC'  # the stream of a rotated ledger that holds Qᵀ C
+ON_AXES_OF_D = 'C_unrotated'  # the stream of a rotated ledger that holds Qᵀ C
 NAMES = {**HEADLINES, 'relative_start_concentration': 'relative start conc.'}
 
 
@@ -77,20 +77,18 @@ class View:
         return [s for s, norm in enumerate(norms) if norm >= COUNTS * max(norms)]
 
 
-def quantity(stream, key, place, post_hoc):
-    """stream: an entry of measure.json. place: a sublayer, or PUBLISHED for the headline.
-    Returns {'value', 'low', 'high'}; raises NotMeasured if it is not there, or lacks an interval."""
-    if place == PUBLISHED:
-        found = stream.get(key)
-    else:
-        sublayer = stream['sublayers'][place]
-        low, high = sublayer.get('intervals', {}).get(key, (None, None))
-        found = {'value': sublayer[key], 'low': low, 'high': high} if key in sublayer else None
-    if found is None:
+def quantity(stream, key, s, post_hoc):
+    """stream: an entry of measure.json. Returns {'value', 'low', 'high'} after sublayer s.
+    Raises NotMeasured if it is not there, or lacks an interval. A headline has one where it was quoted."""
+    sublayer, headline = stream['sublayers'][s], stream.get(key, {})
+    if key not in sublayer:
         raise NotMeasured(f'{NAMES[key]}, measured')
-    if found['value'] is not None and None in (found['low'], found['high']) and not post_hoc:
+    ends = sublayer.get('intervals', {}).get(key, (None, None))
+    if None in ends and headline.get('sublayer') == s:
+        ends = headline['low'], headline['high']
+    if sublayer[key] is not None and None in ends and not post_hoc:
         raise NotMeasured(f'{NAMES[key]} with an interval at single sublayers')
-    return found
+    return {'value': sublayer[key], 'low': ends[0], 'high': ends[1]}
 
 
 def dagger(*quantities):
@@ -99,33 +97,36 @@ def dagger(*quantities):
 
 
 def places_of(reading, *views):
-    """Returns where streams are read: sublayers, or PUBLISHED. Along the depth, those that count in all."""
+    """Returns where the streams are read, a list of tuples with one sublayer for every View.
+    Along the depth these are the sublayers that count in all of them."""
     if reading == PUBLISHED:
-        return [PUBLISHED]
+        return [tuple(view.trained['peak_sublayer'] for view in views)]
     if reading == DECODED:
-        return [len(views[0].trained['sublayers']) - 1]
-    return sorted(set.intersection(*(set(view.counting()) for view in views)))
+        return [tuple(len(view.trained['sublayers']) - 1 for view in views)]
+    counting = set.intersection(*(set(view.counting()) for view in views))
+    return [(s,) * len(views) for s in sorted(counting)]
 
 
-def relative_concentration(view, place, post_hoc):
+def relative_concentration(view, s, post_hoc):
     """Returns p/m of the start dimension over the median of p/m over all dimensions."""
     key, controls = 'relative_start_concentration', view.run.controls
-    if post_hoc and place == PUBLISHED and key not in view.trained and controls:
+    is_in_controls = controls and controls['streams'][view.name]['peak_sublayer'] == s
+    if post_hoc and is_in_controls and key not in view.trained['sublayers'][s]:
         of_stream = controls['streams'][view.name]
         median = of_stream['quantiles']['concentration'][of_stream['quantiles']['at'].index(0.5)]
         return {'value': of_stream['start_dim']['concentration'] / median, 'low': None, 'high': None}
-    return quantity(view.trained, key, place, post_hoc)
+    return quantity(view.trained, key, s, post_hoc)
 
 
-def has_at(view, kind, place, post_hoc):
-    """Has the stream this object at one place? Returns the answer and the numbers behind it."""
+def has_at(view, kind, s, post_hoc):
+    """Has the stream this object after sublayer s? Returns the answer and the numbers behind it."""
     key = QUANTITY_OF[kind]
-    after = quantity(view.trained, key, place, post_hoc)
-    before = quantity(view.untrained, key, place, post_hoc)
+    after = quantity(view.trained, key, s, post_hoc)
+    before = quantity(view.untrained, key, s, post_hoc)
     numbers = f'{with_interval(after)}, untrained {with_interval(before)}'
     answer = is_below(before, after, TIMES)
     if kind == START:
-        relative = relative_concentration(view, place, post_hoc)
+        relative = relative_concentration(view, s, post_hoc)
         answer = answer and is_below({'value': RELATIVE, 'low': None, 'high': None}, relative, 1.0)
         numbers += f'; relative start conc. {with_interval(relative)}'
         return answer, numbers + dagger(after, before, relative)
@@ -138,16 +139,16 @@ def object_in(view, kind, reading, post_hoc, wanted=True, quantity_name=None):
     label = f'{view.run.arm}: {view.name}'
     condition = f'{label} has {"an" if wanted else "no"} {kind}, {reading}'
     try:
-        places = places_of(reading, view)
-        answers = [has_at(view, kind, place, post_hoc) for place in places]
+        sublayers = [s for (s,) in places_of(reading, view)]
+        answers = [has_at(view, kind, s, post_hoc) for s in sublayers]
     except NotMeasured as error:
         return Need(str(error))
     if reading != DEPTH:
         has, numbers = answers[0]
     else:
-        largest = [view.trained['sublayers'][s][LARGEST_OF[kind]] for s in places]
+        largest = [view.trained['sublayers'][s][LARGEST_OF[kind]] for s in sublayers]
         dimension = max(sorted(set(largest)), key=largest.count)
-        there, same, among = sum(has for has, _ in answers), largest.count(dimension), len(places)
+        there, same, among = sum(has for has, _ in answers), largest.count(dimension), len(sublayers)
         has = min(there, same) >= MOST * among
         mark = ' †' if any(numbers.endswith('†') for _, numbers in answers) else ''
         numbers = (
@@ -164,7 +165,7 @@ def is_lower(key, lower, upper, reading, post_hoc):
     )
     try:
         pairs = [
-            tuple(quantity(view.trained, key, place, post_hoc) for view in (lower, upper))
+            tuple(quantity(view.trained, key, s, post_hoc) for view, s in zip((lower, upper), place))
             for place in places_of(reading, lower, upper)
         ]
     except NotMeasured as error:
@@ -237,19 +238,25 @@ def rises(runs, key, reading, post_hoc):
             found.append(Need(f'α = {missing} in seed {seed}'))
             continue
         views = [View(run, 'C') for run in doses.values()]
-        places = [PUBLISHED] if key == 'persistence' else places_of(reading, *views)
+        places = places_of(reading, *views)
         try:
-            series = [[quantity(v.trained, key, place, post_hoc) for v in views] for place in places]
+            if key == 'persistence':
+                series = [[view.trained[key] for view in views]]
+            else:
+                series = [
+                    [quantity(view.trained, key, s, post_hoc) for view, s in zip(views, place)]
+                    for place in places
+                ]
         except NotMeasured as error:
             found.append(Need(str(error)))
             continue
         rising = sum(map(never_falls, series))
-        numbers = f'in {rising} of {len(places)} sublayers that count at every α'
+        numbers = f'in {rising} of {len(series)} sublayers that count at every α'
         if len(series) == 1:
             numbers = ', '.join(with_interval(x) for x in series[0])
         mark = max((dagger(*x) for x in series), default='')
         condition = f'{NAMES[key]} of C never falls over α = 0, 0.02, 0.1, 0.3, ends apart, {reading}'
-        holds = rising >= MOST * len(places) > 0
+        holds = rising >= MOST * len(series) > 0
         found.append(Evidence(seed, key, condition, holds, numbers + mark))
     return found or [Need('ledgers of four doses')]
 

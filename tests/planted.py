@@ -49,11 +49,12 @@ def sublayer(s, values, norm=1.0, dim=7, start_dim=7, width=0.1):
     }
 
 
-def stream(values, decoded=True, sublayers=None):
+def stream(values, decoded=True, sublayers=None, peak=0):
     """An entry of measure.json's streams. values: {quantity: its value, or a whole headline}."""
     headlines = {key: x if isinstance(x, dict) else around(x) for key, x in values.items()}
     return {
         'decoded': decoded,
+        'peak_sublayer': peak,
         **headlines,
         'sublayers': sublayers or [sublayer(s, values) for s in range(SUBLAYERS)],
     }

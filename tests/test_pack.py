@@ -107,7 +107,7 @@ def test_arms_that_share_their_untrained_weights_share_one_measurement_of_them(t
         pack.pack_run(write_run(tmp_path / 'out' / name, untrained), tmp_path / 'results' / name)
     have = sorted(path.parent.name for path in (tmp_path / 'results').glob('*/measure_0.json'))
     assert have == ['ledger', 'qknorm']
-    assert packed(tmp_path / 'results/ledger_hs')['untrained'] == 'ledger'
+    assert packed(tmp_path / 'results/ledger_hs')['untrained_in'] == 'ledger'
     ratio = {
         name: pack.untrained_report(tmp_path / 'results' / name)['streams']['h']['start_ratio']['value']
         for name in ('ledger', 'ledger_hs', 'qknorm')
@@ -120,7 +120,7 @@ def test_the_run_that_has_the_shared_measurement_keeps_it_when_all_are_packed_ag
         pack.pack_run(write_run(tmp_path / 'out' / name, report(2.0)), tmp_path / 'results' / name)
     pack.main(['--again', str(tmp_path / 'results')])
     assert (tmp_path / 'results/a/measure_0.json').exists()
-    assert packed(tmp_path / 'results/b')['untrained'] == 'a'
+    assert packed(tmp_path / 'results/b')['untrained_in'] == 'a'
 
 
 def test_without_the_run_that_has_the_untrained_measurement_one_sentence_says_so(tmp_path):

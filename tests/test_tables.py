@@ -62,7 +62,7 @@ def test_every_picture_is_one_that_a_readme_shows():
 
 def test_every_run_that_shares_its_untrained_measurement_finds_it():
     folders = [path.parent for path in RESULTS.glob('*/*/measure.json')]
-    sharing = [folder for folder in folders if 'untrained' in read_json(folder / 'measure.json')]
+    sharing = [folder for folder in folders if 'untrained_in' in read_json(folder / 'measure.json')]
     assert sharing and all(untrained_report(folder)['streams'] for folder in sharing)
 
 

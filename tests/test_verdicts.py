@@ -119,9 +119,10 @@ def test_decoded_reads_the_last_sublayer_alone(tmp_path):
     assert answer(tmp_path, DIMENSION, DEPTH) is True and answer(tmp_path, DIMENSION, PUBLISHED) is True
 
 
-def test_published_reads_the_headline_and_nothing_else(tmp_path):
-    small = [dict(values=dict(fixed_dim_ratio=2.5)) for _ in range(4)]
-    write_run(tmp_path, 'baseline', streams=with_sublayers(*small, fixed_dim_ratio=20))
+def test_published_reads_the_sublayer_where_the_dominant_dimension_peaks(tmp_path):
+    small = [dict(values=dict(fixed_dim_ratio=2.5)) for _ in range(3)]
+    streams = with_sublayers(small[0], {}, *small[1:])
+    write_run(tmp_path, 'baseline', streams={'h': {**streams['h'], 'peak_sublayer': 1}})
     assert answer(tmp_path, DIMENSION, PUBLISHED) is True
     assert answer(tmp_path, DIMENSION, DEPTH) is False and answer(tmp_path, DIMENSION, DECODED) is False
 
@@ -179,11 +180,11 @@ def without_intervals(folder):
 def test_an_older_run_is_judged_only_where_its_intervals_allow_or_post_hoc_with_a_mark(tmp_path):
     without_intervals(write_run(tmp_path, 'baseline'))
     need = 'no seed that counts; needs fixed-dimension ratio with an interval at single sublayers'
-    assert words(tmp_path, 'h has it', DIMENSION) == [need, need, 'yes (1 of 1; only 1 seed)']
+    where_it_was_quoted = 'yes (1 of 1; only 1 seed)'
+    assert words(tmp_path, 'h has it', DIMENSION) == [need, need, where_it_was_quoted]
     assert words(tmp_path, 'h has it', DIMENSION, post_hoc=True) == ['yes (1 of 1; only 1 seed)'] * 3
     found = judged(tmp_path, 'h has it', DIMENSION, post_hoc=True)
-    marked = [found[reading][0].numbers.endswith('†') for reading in READINGS]
-    assert marked == [True, True, False]
+    assert [found[reading][0].numbers.endswith('†') for reading in READINGS] == [True, True, False]
 
 
 def test_the_relative_start_concentration_of_an_older_run_is_that_of_its_controls(tmp_path):
@@ -191,7 +192,8 @@ def test_the_relative_start_concentration_of_an_older_run_is_that_of_its_control
     without_intervals(folder)
     assert 'needs relative start conc., measured' in words(tmp_path, 'h has it', START, post_hoc=True)[2]
     quantiles = {'at': [0, 0.5, 1], 'concentration': [0.1, 0.8, 9]}
-    controls = {'streams': {'h': {'start_dim': {'concentration': 1.4}, 'quantiles': quantiles}}}
+    of_stream = {'peak_sublayer': 0, 'start_dim': {'concentration': 1.4}, 'quantiles': quantiles}
+    controls = {'streams': {'h': of_stream}}
     (folder / 'controls.json').write_text(json.dumps(controls))
     item = judged(tmp_path, 'h has it', START, post_hoc=True)[PUBLISHED][0]
     assert item.holds and 'relative start conc. 1.75 †' in item.numbers
