@@ -30,7 +30,7 @@ from data.loader import UserError, atomic_write
 from figures import PROFILE
 
 DIGITS, FINE_DIGITS, LOG_DIGITS = 4, 6, 3  # significant
-FINE = ('loss', 'val_loss', 'train_loss', 'ratio')  # what is compared at a thousandth
+FINE = ('loss', 'val_loss', 'train_loss', 'ratio', 'damage')  # what is compared at a thousandth
 LOG_LINES = 24
 
 # Of a sublayer in measure.json: what has an interval there that a verdict reads.

@@ -4,7 +4,7 @@ Makes every table of results/README.md from the files in results/, so that text 
     python -m studies.tables              prints all tables
     python -m studies.tables --write      puts each in its place, between <!-- table NAME --> and <!-- end -->
 
-A test holds results/README.md to what this prints.
+Every README.md below results/ may have such places. A test holds them to what this prints.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from functools import cache
 
 from data.loader import UserError, atomic_write
 from studies import first_rules, verdicts
+from studies.chance import chance_table
 from studies.pack import read_json
 from studies.results import (
     DOSE,
@@ -26,8 +27,8 @@ from studies.results import (
     with_interval,
 )
 
-README = RESULTS / 'README.md'
 SOURCE_SETS = ('demo_long', 'comparison_160m', 'comparison_290m')  # judged by the first set of rules
+SECOND_SETS = ('english',)  # judged by the second one
 COLUMNS = {
     'fixed_dim_ratio': 'fixed-dimension ratio',
     'start_ratio': 'start ratio',
@@ -178,11 +179,11 @@ def map_shares(run, entry):
     return [f'{last[place]["map_share"]:.0%}' if last and place in last else '–' for place in places]
 
 
-def control_table(name):
+def control_table(runs):
     """A line for each run and stream with controls: other windows, other dimensions, what C is made of."""
     rows = [
         (run.name, stream, *control_windows(run, stream), *control_ranks(entry), *map_shares(run, entry))
-        for run in compared(name).values()
+        for run in runs.values()
         if run.controls
         for stream, entry in run.controls['streams'].items()
     ]
@@ -381,7 +382,26 @@ def tables():
         found[f'post hoc, {name}'] = lambda name=name: post_hoc_table(name)
     for name in SOURCE_SETS[1:]:
         found[f'existence in {name}'] = lambda name=name: existence_table(name)
-        found[f'controls in {name}'] = lambda name=name: control_table(name)
+        found[f'controls in {name}'] = lambda name=name: control_table(compared(name))
+    for name in SECOND_SETS:
+        if (RESULTS / name).exists():
+            found |= second_tables(RESULTS / name)
+    return found
+
+
+def second_tables(folder):
+    """Returns {name: function} of the tables of a set that the second set of rules judges, at each of its
+    scales."""
+    found = {f'runs of {folder.name}': lambda: run_table(folder.name)}
+    chance = read_json(folder / 'chance.json') or {}
+    for scale, runs in by_scale(runs_in(folder)).items():
+        here = f'{folder.name} {scale}'
+        judged = cache(lambda runs=runs: verdicts.tables_second(runs))
+        for title in judged():
+            found[f'{title.lower()}, {here}'] = lambda judged=judged, title=title: judged()[title]
+        found[f'controls in {here}'] = lambda runs=runs: control_table(runs)
+        if scale in chance:
+            found[f'chance, {here}'] = lambda scale=scale: chance_table(chance[scale])
     return found
 
 
@@ -399,13 +419,14 @@ def filled(text):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description='Makes the tables of results/README.md.')
-    parser.add_argument('--write', action='store_true', help='put them into results/README.md')
+    parser.add_argument('--write', action='store_true', help='put them into the READMEs in results/')
     args = parser.parse_args(argv)
     try:
         if args.write:
-            text = filled(README.read_text())
-            with atomic_write(README, 'w') as file:
-                file.write(text)
+            for path in sorted(RESULTS.rglob('README.md')):
+                text = filled(path.read_text())
+                with atomic_write(path, 'w') as file:
+                    file.write(text)
         else:
             for name, make in tables().items():
                 print(f'{name}\n\n{make()}\n')

@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from planted import write_run
 from results_numbers import numbers_in, parsed, stands_in_results
 
 from data.loader import UserError
@@ -14,13 +15,14 @@ from studies.results import RESULTS, significant, with_interval
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (RESULTS / 'README.md').read_text()
+READMES = '\n'.join(path.read_text() for path in sorted(RESULTS.rglob('README.md')))
 MAKERS = tables.tables()
 
 
 @pytest.mark.parametrize('name', MAKERS)
 def test_every_table_is_made_from_the_files_in_results(name):
-    block = re.search(rf'^<!-- table {re.escape(name)} -->\n(.*?)\n<!-- end -->', README, re.M | re.S)
-    assert block, f'results/README.md has no place for the table {name}'
+    block = re.search(rf'^<!-- table {re.escape(name)} -->\n(.*?)\n<!-- end -->', READMES, re.M | re.S)
+    assert block, f'no README.md in results/ has a place for the table {name}'
     assert block[1] == MAKERS[name](), 'run python -m studies.tables --write'
 
 
@@ -92,6 +94,17 @@ def test_numbers_of_a_text_are_those_of_its_prose_and_tables():
 )
 def test_a_number_says_how_far_it_is_rounded(number, value, places):
     assert parsed(number) == (value, places)
+
+
+def test_a_set_that_the_second_rules_judge_has_tables_for_each_of_its_scales(tmp_path):
+    for scale in ('160m', '290m'):
+        write_run(tmp_path / 'english', 'baseline', scale=scale)
+    (tmp_path / 'english/chance.json').write_text('{}')
+    makers = tables.second_tables(tmp_path / 'english')
+    titles = ('premise', 'verdicts', 'objects', 'evidence')
+    names = {f'{title}, english {scale}' for scale in ('160m', '290m') for title in titles}
+    assert names <= makers.keys() and 'controls in english 290m' in makers
+    assert '| premise | h has it | outlier dimension | yes' in makers['verdicts, english 290m']()
 
 
 def test_a_number_of_a_file_is_found_at_its_rounding_and_another_is_not():

@@ -266,8 +266,8 @@ def test_claim_4_wants_ratio_and_kurtosis_of_qknorm_below_those_of_the_baseline(
 
 
 def write_quantized(folder, arm, W8, W4):
-    widths = {'W8': {'rise': around(W8)}, 'W4': {'rise': around(W4)}}
-    (folder / f'{arm}_160m_1338/quantize.json').write_text(json.dumps({'widths': widths}))
+    schemes = {'W8': {'damage': around(W8)}, 'W4': {'damage': around(W4)}}
+    (folder / f'{arm}_160m_1338/quantize.json').write_text(json.dumps({'schemes': schemes}))
 
 
 def test_claim_5_wants_the_losses_of_all_arms_to_rise_by_the_same(tmp_path):
@@ -315,7 +315,7 @@ def change(where, ratio, control, what='dims', name='C'):
         'what': what,
         'how': 'zero',
         'edit': {'ratio': interval['e']},
-        'controls': {'moved': {'ratio': interval['c']}},
+        'controls': {'moved': {'ratio': interval['c']}, 'random': {'ratio': around(1.0, 0.0001)}},
     }
 
 
@@ -325,6 +325,9 @@ def change(where, ratio, control, what='dims', name='C'):
         ([change('decoder', 1.05, 1.01), change('reads', 1.0, 1.0)], 'yes'),
         ([change('decoder', 1.0, 1.0), change('reads', 1.05, 1.01)], 'yes'),
         ([change('decoder', 1.011, 1.01), change('reads', 1.0, 1.2)], 'no'),
+        ([change('decoder', 1.05, 1.01), change('decoder', 1.0, 1.0, 'last dims')], 'no'),
+        ([change('decoder', 1.05, 0.9)], 'yes'),
+        ([change('decoder', 0.95, 0.9)], 'no'),
         ([change('stream', 1.05, 1.01)], None),
         ([change('decoder', 1.05, 1.01, name='D')], None),
     ),
