@@ -175,7 +175,7 @@ def add_text_arguments(parser):
     )
     parser.add_argument(
         '--dtype',
-        choices=('float32', 'bfloat16', 'float16'),
+        choices=('float32', 'bfloat16'),
         default='float32',
         help='precision of a pretrained model (default float32)',
     )

@@ -347,12 +347,14 @@ class Pretrained(nn.Module):
 def import_transformers():
     """Returns the module transformers, told to be quiet."""
     try:
+        import huggingface_hub
         import transformers
     except ImportError:
         raise UserError(
             'a pretrained model needs the package transformers: pip install -r requirements-dev.txt'
         ) from None
     transformers.utils.logging.set_verbosity_error()
+    huggingface_hub.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers
 
@@ -381,9 +383,12 @@ REASONS = {  # words in an error of transformers, and what is said in their plac
     'gated repo': 'accept the conditions on its page first, and log in with hf auth login',
     'valid model identifier': 'there is no such model, neither as a folder nor on huggingface.co',
     "couldn't connect": NOT_REACHED,
+    'outgoing traffic has been disabled': NOT_REACHED,
+    'SafetensorError': 'its weights are damaged: get them again',
     'safetensors': NO_SAFETENSORS,
     'accelerate': '--device_map needs the package accelerate: pip install accelerate',
     'configuration class': 'it is no causal language model',
+    'backend tokenizer': 'its tokenizer is missing, or needs a package that is not installed',
 }
 
 
@@ -397,10 +402,9 @@ def in_a_sentence(name):
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # transformers, its hub and the readers of files raise almost anything
-        text = ' '.join(str(error).split())
+        text = ' '.join(f'{type(error).__name__}: {error}'.split())
         reasons = [reason for words, reason in REASONS.items() if words in text]
-        reason = reasons[0] if reasons else f'{type(error).__name__}: {text[:200]}'
-        raise UserError(f'cannot open {name}: {reason}') from None
+        raise UserError(f'cannot open {name}: {reasons[0] if reasons else text[:200]}') from None
 
 
 def load_model(name, revision, args):
