@@ -1,6 +1,6 @@
 """
-The folder of a run, out/<run>/: its checkpoints and its log, written whole or not at all, and opened for reading.
-"""
+The folder of a run, out/<run>/: its checkpoints and its log, written whole or not at all, and opened for
+reading."""
 
 import json
 import tempfile
@@ -25,10 +25,12 @@ class DamagedCheckpoint(UserError):
 
 
 def load_checkpoint(path, weights=True):
-    """Returns the dict that train.py saved in `path`. Executes nothing that the file may carry, and notices a flipped bit.
+    """Returns the dict that train.py saved in `path`. Executes nothing that the file may carry, and notices a
+    flipped bit.
 
     weights: False leaves the tensors on disk and returns the rest, without looking for flipped bits.
-    Raises UserError where there is no such file and DamagedCheckpoint where it is not a whole checkpoint of this model.py."""
+    Raises UserError where there is no such file and DamagedCheckpoint where it is not a whole checkpoint of
+    this model.py."""
     try:
         if weights:
             checkpoint = read_whole(path)
@@ -63,8 +65,8 @@ def load_checkpoint(path, weights=True):
 
 
 def read_whole(path):
-    """Returns what torch.load makes of a file whose checksums are all right. The file is opened once: a run that is writing
-    its next checkpoint does not change what is read here."""
+    """Returns what torch.load makes of a file whose checksums are all right. The file is opened once: a run
+    that is writing its next checkpoint does not change what is read here."""
     with open(path, 'rb') as file:
         if zipfile.ZipFile(file).testzip():
             raise ValueError('a checksum is wrong')
@@ -104,7 +106,8 @@ def writing(path, needs=''):
 
 
 def read_log(path):
-    """Returns the lines of a log.jsonl, or [] where there is none; a last line that is not whole is left out."""
+    """Returns the lines of a log.jsonl, or [] where there is none; a last line that is not whole is left
+    out."""
     try:
         lines = [
             json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith('\n')
@@ -274,7 +277,8 @@ def is_pretrained(name):
 
 
 def distinct_names(paths):
-    """Returns a name for every checkpoint: that of its folder, and the folder above it where that alone does not tell them apart."""
+    """Returns a name for every checkpoint: that of its folder, and the folder above it where that alone does
+    not tell them apart."""
     names = [path.parent.name for path in paths]
     if len(set(zip(names, (path.stem for path in paths)))) < len(paths):
         names = ['_'.join(path.parent.parts[-2:]) for path in paths]
@@ -327,8 +331,8 @@ def dataset_tokens(*args):
 
 
 def output_folder(args, name, path):
-    """Makes the folder that a run's reports go to, --out/<name> or the checkpoint's own, and tries to write in it.
-    Returns it and the suffix of its files."""
+    """Makes the folder that a run's reports go to, --out/<name> or the checkpoint's own, and tries to write
+    in it. Returns it and the suffix of its files."""
     out, suffix = (args.out / name, '') if args.out else (path.parent, path.stem.removeprefix('ckpt'))
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -342,8 +346,9 @@ def output_folder(args, name, path):
 def open_runs(args, split='val'):
     """Yields an OpenRun for every checkpoint that --ckpt names, one in memory at a time.
 
-    args: as add_run_arguments declares and check_run_arguments checks them. Raises UserError, before the first set of weights
-    is loaded, where runs have different data or data that they were not trained on: that would compare apples with pears."""
+    args: as add_run_arguments declares and check_run_arguments checks them. Raises UserError, before the
+    first set of weights is loaded, where runs have different data or data that they were not trained on: that
+    would compare apples with pears."""
     pretrained_names = [name for name in args.ckpt if is_pretrained(name)]
     own = find_checkpoints(name for name in args.ckpt if name not in pretrained_names)
     paths = {path.resolve(): path for path in own}

@@ -1,17 +1,47 @@
 """
-Where do massive activations sit? Hooks on the residual streams of a checkpoint → statistics → table, measure.json, figures.
+Where do massive activations sit? Hooks on residual streams → statistics → measure.json, a table, figures.
 
     python measure.py --ckpt out/ledger_demo          one run
     python measure.py --ckpt out                      every run below out/, side by side
 
 What is worth knowing before reading on:
-- a statistic belongs to a stream (h, or D and C) as it leaves a sublayer; a headline is its largest value over the sublayers;
-- only sums over sequences are kept, one for each bootstrap replicate, so memory does not grow with the number of sequences;
-- replicate 0 has weight 1 everywhere: it is the measurement. The others have Poisson(1) weights and give the 95% intervals;
+- a statistic belongs to a stream (h, or D and C) as it leaves a sublayer;
+- only sums over sequences are kept, one for each bootstrap replicate: memory does not grow with their number;
+- replicate 0 has weight 1 everywhere: it is the measurement. The others have Poisson(1) weights, a function
+  of the seed and of the sequence's index, and give 95% intervals. In each of them j* and j0 are chosen again;
 - the model runs uncompiled, in float32 without TF32, whatever it was trained in.
 
-Sources: Sun et al. 2024, arXiv 2402.17762; Gallego-Feliciano et al. 2025, arXiv 2508.03616; Vemula 2026, arXiv 2606.20743;
-Gu et al. 2025, arXiv 2410.10781.
+Definitions. X is one stream after one sublayer, N sequences of T tokens in d dimensions; a = |X|.
+
+  top-k                     the k largest a, each with sequence, position, token and dimension            [S]
+  median                    of a over a sequence's tokens and dimensions, averaged over sequences         [S]
+  max over median           the largest a of a sequence over its median, averaged over sequences          [G]
+  massive count             entries with a > 100 and a ≥ 1000 × median, per sequence                      [S]
+  kurtosis                  excess kurtosis over the d dimensions of a token, averaged over tokens        [V]
+  m_j, p_j                  mean of a over sequences and tokens, and at position 0 alone, per dimension   [V]
+  fixed-dimension ratio     max_j m_j / median_j m_j                                                      [V]
+  j*, dominant dimension    argmax_j of m_j averaged over the stream's sublayers                          [V]
+  persistence               share of the sublayers whose largest m_j is at j*                             [V]
+  start-token conc.         p_j* / m_j*: between 0 and T, 1 where position 0 is like the others           [V]
+  start ratio               max_j p_j / median_j p_j
+  j0, start dimension       argmax_j of p_j averaged over sublayers; its start persistence, and p_j0 / m_j0
+  relative start conc.      (p_j / m_j) / median_j (p_j / m_j): 1 for a stream that is merely larger at
+                            position 0. Three rows: for the sublayer's own largest p_j, for j0, and for j*
+  norm, start norm          mean L2 norm of a token; that at position 0 over it                            [V, Z]
+  share of norm             norm over its largest among the stream's sublayers: is the stream nearly empty?
+  read share                mean norm of what a stream adds to the read of this sublayer (λ ⊙ C) over that
+                            of the first stream (D)
+  top-1 at start            share of the sequences whose largest a sits at position 0
+  attention sink            mean probability that queries give to position 0, per head; share above 0.3   [Q]
+
+A headline is the largest value over the sublayers, with that sublayer; a concentration is quoted where m at
+its dimension is largest. Beside it stands the value at the last sublayer, which is what the head decodes.
+
+The rules for "has an outlier" are in report.py.
+
+Sources: [S] Sun et al. 2024, arXiv 2402.17762; [G] Gallego-Feliciano et al. 2025, arXiv 2508.03616; [V]
+Vemula 2026, arXiv 2606.20743; [Z] Sun, Canziani, LeCun, Zhu 2026, arXiv 2603.05498; [Q] Gu et al. 2025, arXiv
+2410.10781.
 """
 
 import argparse
@@ -20,34 +50,42 @@ import math
 import os
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from checkpoint import add_run_arguments, check_run_arguments, open_runs, read_log
+import figures
+from checkpoint import (
+    add_run_arguments,
+    build_model,
+    check_run_arguments,
+    load_checkpoint,
+    open_runs,
+    read_log,
+)
 from data.loader import UserError, atomic_write, philox
-from figures import (
-    COMPARED,
-    HEADLINES,
-    cell,
-    draw_comparison,
-    draw_landscape,
-    draw_profile,
-    draw_series,
-    short,
-)
+from figures import HEADLINES
+from report import REFERENCE, compare, judge, print_comparison, print_run, untrained_bounds
 
-REPLICATES = 200  # of the bootstrap
-SINK_THRESHOLD = (
-    0.3  # a head whose queries give position 0 more than this on average is a sink. Gu et al. 2025, §3
-)
+REPLICATES = 1000  # of the bootstrap
+SINK_THRESHOLD = 0.3  # a head that gives position 0 more than this on average is a sink. Gu et al. 2025, §3
+LANDSCAPE_SEQUENCES = 8
 
-QUOTED_AT = {
+# what sequence_statistics returns of every sequence, before top1, top2, …
+VALUES = ('median', 'max_over_median', 'massive_count', 'kurtosis', 'norm', 'norm_at_start', 'top1_at_start')
+QUOTED_AT = {  # the others: at their own largest
     'start_token_concentration': 'magnitude_at_dominant',
+    'relative_start_token_concentration': 'magnitude_at_dominant',
     'start_dim_concentration': 'magnitude_at_start_dim',
-}  # the others: at their own largest
+    'relative_start_dim_concentration': 'magnitude_at_start_dim',
+}
+
+
+# ---- from a stream to sums over sequences
 
 
 def at_once(device, block_size):
@@ -57,86 +95,89 @@ def at_once(device, block_size):
 
 def sequences_at_once(model, device, block_size):
     """Returns the same for a model that may know better: a pretrained one is larger than those of ours."""
-    return (
-        model.sequences_at_once(block_size)
-        if hasattr(model, 'sequences_at_once')
-        else at_once(device, block_size)
-    )
+    if hasattr(model, 'sequences_at_once'):
+        return model.sequences_at_once(block_size)
+    return at_once(device, block_size)
 
 
 def topk_first(flat, k):
-    """flat: (B, n) float32, non-negative, n < 2³². Returns the k largest of each row in falling order and their indices, each (B, k).
-    Ties go to the lowest index, which torch.topk alone does not promise."""
+    """flat: (B, n) float32, non-negative, n < 2³². Returns the k largest of each row in falling order and
+    their indices, each (B, k). Ties go to the lowest index, which torch.topk alone does not promise."""
     top, index = flat.topk(k)
-    if (top[:, 1:] < top[:, :-1]).all() and ((flat >= top[:, -1:]).sum(1) == k).all():
+    no_ties_inside = (top[:, 1:] < top[:, :-1]).all()
+    no_tie_at_the_end = ((flat >= top[:, -1:]).sum(1) == k).all()
+    if no_ties_inside and no_tie_at_the_end:
         return top, index
-    n = flat.shape[
-        1
-    ]  # non-negative floats sort as their bits do, so (bits, −index) packed in 64 bits has no ties
+    # non-negative floats sort as their bits do, so (bits, −index) packed in 64 bits has no ties
+    n = flat.shape[1]
     key = (flat.view(torch.int32).long() << 32) + torch.arange(n - 1, -1, -1, device=flat.device)
     key = key.topk(k).values
     return (key >> 32).int().view(torch.float32), n - 1 - (key & 0xFFFFFFFF)
 
 
 def row_median(flat):
-    """flat: (B, n) float32, non-negative. Returns (B,): the median of each row, the mean of the two middle values where n is even."""
+    """flat: (B, n) float, non-negative. Returns (B,): the median of each row, the mean of the two middle
+    values where n is even."""
     n = flat.shape[1]
     if flat.device.type == 'cpu':  # numpy selects seven times faster than torch does there
         part = np.partition(flat.numpy(), n // 2, axis=1)
         upper = part[:, n // 2]
         return torch.from_numpy(upper if n % 2 else (part[:, : n // 2].max(1) + upper) / 2)
-    larger_half = flat.topk(
-        n // 2 + 1, sorted=False
-    ).values  # torch.median would select with one block of threads a row
+    # torch.median would select with one block of threads a row
+    larger_half = flat.topk(n // 2 + 1, sorted=False).values
     return larger_half.topk(2 - n % 2, largest=False).values.mean(1)
 
 
 def sequence_statistics(x, k):
-    """x: (B, T, d) float32, one stream after a sublayer. Returns five things:
-    the mean magnitude of each dimension over the tokens, (B, d); the magnitudes at position 0, (B, d);
-    per-sequence values {name: (B,)}; the k largest magnitudes and their indices into T · d, each (B, k)."""
+    """x: (B, T, d) float32, one stream after a sublayer. Returns five things: the mean magnitude of each
+    dimension over the tokens, (B, d); the magnitudes at position 0, (B, d); the VALUES of every sequence and
+    its k largest magnitudes in columns, (B, len(VALUES) + k) float64; these magnitudes and their indices into
+    T · d, each (B, k). A sequence of fewer than k entries has as many columns as it has entries."""
     a = x.abs()
     flat = a.flatten(1)
-    top, index = topk_first(flat, k)
+    top, index = topk_first(flat, min(k, flat.shape[1]))
     median = row_median(flat)
     squares = (x - x.mean(-1, keepdim=True)).square()
+    fourth_moment = (squares / squares.mean(-1, keepdim=True)).square().mean(-1).double()
+    norm = torch.linalg.vector_norm(x, dim=-1)
     values = {
         'median': median,
         'max_over_median': top[:, 0] / median,  # Gallego-Feliciano et al. 2025, eq. 6
         'massive_count': ((flat > 100) & (flat >= 1000 * median[:, None])).sum(1),  # Sun et al. 2024, §2
-        'kurtosis': ((squares / squares.mean(-1, keepdim=True)).square().mean(-1).double() - 3).mean(
-            1
-        ),  # excess, over dimensions. Vemula 2026
-        'norm': torch.linalg.vector_norm(x, dim=-1).mean(1),
+        'kurtosis': (fourth_moment - 3).mean(1),  # excess, over dimensions. Vemula 2026
+        'norm': norm.mean(1),
+        'norm_at_start': norm[:, 0],
         'top1_at_start': index[:, 0] < x.shape[2],
-        **{f'top{i + 1}': top[:, i] for i in range(k)},
     }
-    return a.mean(1), a[:, 0], {name: value.double() for name, value in values.items()}, top, index
+    columns = [values[name].double() for name in VALUES] + list(top.double().unbind(1))
+    return a.mean(1), a[:, 0], torch.stack(columns, 1), top, index
 
 
 def bootstrap_weights(seed, sequences, replicates):
-    """Returns (1 + replicates, B) float64: ones, then Poisson(1) weights that depend on (seed, sequence) alone. sequences: (B,) their indices."""
+    """Returns (1 + replicates, B) float64: ones, then Poisson(1) weights that depend on (seed, sequence)
+    alone. sequences: (B,) their indices."""
     cdf = np.cumsum([math.exp(-1) / math.factorial(n) for n in range(20)])
     draws = [philox(seed, 1 + n).random_raw(replicates) / 2**64 for n in sequences]
-    return np.concatenate(
-        [np.ones((1, len(sequences))), np.searchsorted(cdf, np.array(draws), side='right').T]
-    )
+    weights = np.searchsorted(cdf, np.array(draws), side='right').T
+    return np.concatenate([np.ones((1, len(sequences))), weights])
 
 
 class Statistics:
-    """Sums over sequences, weighted for each of R = 1 + replicates; S sublayers, K per-sequence values, d dimensions."""
+    """Sums over sequences, weighted for each of R = 1 + replicates. Takes any stream of any model:
+    begin(count, device), then add_stream(name, s, x) for every place s = 0, 1, … where the stream was
+    seen."""
 
     def __init__(self, topk, replicates=0, seed=0):
         self.topk, self.replicates, self.seed = topk, replicates, seed
         self.sequences = 0  # how many have been added
         self.sums = {}  # name → (R, …) float64; every one is additive over sequences
-        self.top = {}  # (stream, sublayer) → value, sequence, position, token and dimension of the largest so far
+        self.top = {}  # (stream, s) → value, sequence, position, token and dimension of the largest so far
+        self.losses = []  # of every sequence, in batches
 
     def begin(self, count, device, tokens=None):
-        """Says that the next calls of add and add_stream are about the next `count` sequences. tokens: theirs, (count, T), if the
-        largest magnitudes are to be listed with their token."""
-        self.tokens = tokens
-        self.first, self.sequences = self.sequences, self.sequences + count
+        """Says that the next calls of add and add_stream are about the next `count` sequences.
+        tokens: theirs, (count, T), if the largest magnitudes are to be listed with their token."""
+        self.first, self.sequences, self.tokens = self.sequences, self.sequences + count, tokens
         weights = bootstrap_weights(self.seed, range(self.first, self.sequences), self.replicates)
         self.weights = torch.from_numpy(weights).to(device)
         self.add('weight', torch.ones(count, device=device))
@@ -151,98 +192,133 @@ class Statistics:
         magnitude, start, values, top, index = sequence_statistics(x.float(), self.topk)
         self.add((stream, s, 'magnitude'), magnitude)
         self.add((stream, s, 'start'), start)
-        self.add((stream, s, 'values'), torch.stack(list(values.values()), 1))
-        self.names = list(values)
+        self.add((stream, s, 'values'), values)
         sequence = torch.arange(self.first, self.sequences, device=x.device)[:, None].expand_as(index)
         position, dim = index // x.shape[2], index % x.shape[2]
         token = torch.full_like(index, -1) if self.tokens is None else self.tokens.gather(1, position)
-        entries = [t.flatten() for t in (top, sequence, position, token, dim)]
+        entries = [column.flatten() for column in (top, sequence, position, token, dim)]
         if (stream, s) in self.top:
             entries = [torch.cat(pair) for pair in zip(self.top[stream, s], entries)]
         # stable: among ties the earlier sequence stays first
         order = entries[0].argsort(descending=True, stable=True)[: self.topk]
-        self.top[stream, s] = [t[order] for t in entries]
+        self.top[stream, s] = [column[order] for column in entries]
+
+    def add_losses(self, losses):
+        """losses: (B,) float64, one a sequence."""
+        self.losses.append(losses.cpu())
+        self.add('loss', losses)
+
+    def add_reads(self, s, parts):
+        """parts: {stream: (B, T, d)}, what each stream alone adds to what sublayer s reads, the main one
+        first."""
+        norms = {name: torch.linalg.vector_norm(x.float(), dim=-1).mean(1) for name, x in parts.items()}
+        main, *others = norms
+        for stream in others:
+            self.add((stream, s, 'read'), torch.stack([norms[stream], norms[main]], 1))
 
     def streams(self):
         """Returns the names of the streams that have been added, in the order in which they came."""
-        return list(dict.fromkeys(stream for stream, _ in self.top))
+        return list(dict.fromkeys(name[0] for name in self.sums if name[-1] == 'magnitude'))
+
+    def depth(self, stream):
+        """Returns how many sublayers a stream has been added for."""
+        return sum(name[0] == stream and name[-1] == 'magnitude' for name in self.sums)
+
+    def mean_tensor(self, name):
+        """Returns (R, …) float64 on the device of the sums: the weighted mean over sequences in each
+        replicate. Of few sequences a replicate may have drawn none, and of one sequence all say the same:
+        they are left out."""
+        total, weight = self.sums[name], self.sums['weight']
+        drawn = weight > 0
+        if self.sequences == 1:
+            drawn[1:] = False
+        return total[drawn] / weight[drawn].view(-1, *[1] * (total.ndim - 1))
 
     def mean(self, name):
-        """Returns (R, …) float64 numpy: the weighted mean over sequences in each replicate."""
-        total, weight = self.sums[name].cpu().numpy(), self.sums['weight'].cpu().numpy()
-        drawn = weight > 0  # of few sequences, a replicate may have drawn none: it says nothing
-        return total[drawn] / weight[drawn].reshape(-1, *[1] * (total.ndim - 1))
+        """Returns the same in numpy."""
+        return self.mean_tensor(name).cpu().numpy()
 
     def stream(self, stream):
-        """Returns {quantity: (R, S), or (R,) for what belongs to the whole stream} for every row of the README's table."""
-        S = 1 + max(s for name, s in self.top if name == stream)
-        m, p, values = (
-            np.stack([self.mean((stream, s, part)) for s in range(S)], 1)
-            for part in ('magnitude', 'start', 'values')
-        )
-
-        def at(array, dim):  # (R, S, d), (R,) → (R, S)
-            return np.take_along_axis(array, dim[:, None, None], 2)[..., 0]
-
-        dominant, start_dim = m.mean(1).argmax(-1), p.mean(1).argmax(-1)  # j* and j0
+        """Returns {quantity: (R, S), or (R,) for what belongs to the whole stream}, float64, for every row of
+        the table at the top of this file. What is not defined, like a ratio of zeros, is not finite."""
+        S = self.depth(stream)
+        dominant, start_dim = (
+            sum(self.mean_tensor((stream, s, part)) for s in range(S)).argmax(1)
+            for part in ('magnitude', 'start')
+        )  # j* and j0
+        sublayers = [self.sublayer(stream, s, dominant, start_dim) for s in range(S)]
+        q = {name: np.stack([sublayer[name] for sublayer in sublayers], 1) for name in sublayers[0]}
+        dominant, start_dim = dominant.cpu().numpy(), start_dim.cpu().numpy()
         with np.errstate(divide='ignore', invalid='ignore'):
             return {
-                **{name: values[..., i] for i, name in enumerate(self.names)},
-                'fixed_dim_ratio': m.max(-1) / np.median(m, -1),
-                'start_ratio': p.max(-1) / np.median(p, -1),
-                'start_token_concentration': at(p, dominant) / at(m, dominant),
-                'start_dim_concentration': at(p, start_dim) / at(m, start_dim),
-                'magnitude_at_dominant': at(m, dominant),
-                'magnitude_at_start_dim': at(m, start_dim),
-                'largest_dim': m.argmax(-1),
-                'largest_start_dim': p.argmax(-1),
+                **q,
+                'share_of_norm': q['norm'] / q['norm'].max(1, keepdims=True),
                 'dominant_dim': dominant,
                 'start_dim': start_dim,
-                'persistence': (m.argmax(-1) == dominant[:, None]).mean(1),
-                'start_persistence': (p.argmax(-1) == start_dim[:, None]).mean(1),
+                'persistence': (q['largest_dim'] == dominant[:, None]).mean(1),
+                'start_persistence': (q['largest_start_dim'] == start_dim[:, None]).mean(1),
             }
 
+    def sublayer(self, stream, s, dominant, start_dim):
+        """dominant, start_dim: (R,), j* and j0. Returns {quantity: (R,)} of one sublayer."""
+        m, p, values = (self.mean_tensor((stream, s, part)) for part in ('magnitude', 'start', 'values'))
+        concentration = p / m
+        middle = row_median(concentration)
+        middle[concentration.isnan().any(1)] = math.nan
+        largest, largest_start = m.argmax(1), p.argmax(1)
 
-def number(x):
-    """A float that JSON can carry, to 7 digits, which is float32's precision; None if it is not finite."""
-    return float(f'{x:.7g}') if math.isfinite(x) else None
+        def at(array, dim):
+            return array.gather(1, dim[:, None])[:, 0]
+
+        names = [*VALUES, *(f'top{i + 1}' for i in range(values.shape[1] - len(VALUES)))]
+        q = dict(zip(names, values.unbind(1)))
+        q |= {
+            'fixed_dim_ratio': at(m, largest) / row_median(m),
+            'start_ratio': at(p, largest_start) / row_median(p),
+            'start_token_concentration': at(concentration, dominant),
+            'start_dim_concentration': at(concentration, start_dim),
+            'relative_start_concentration': at(concentration, largest_start) / middle,
+            'relative_start_token_concentration': at(concentration, dominant) / middle,
+            'relative_start_dim_concentration': at(concentration, start_dim) / middle,
+            'start_norm': q['norm_at_start'] / q['norm'],
+            'read_share': self.read_share(stream, s, q['norm']),
+            'magnitude_at_dominant': at(m, dominant),
+            'magnitude_at_start_dim': at(m, start_dim),
+            'largest_dim': largest,
+            'largest_start_dim': largest_start,
+        }
+        return {name: value.cpu().numpy() for name, value in q.items()}
+
+    def read_share(self, stream, s, like):
+        """Returns (R,): the read share of a stream, NaN for the main one and where no reads were seen."""
+        if (stream, s, 'read') not in self.sums:
+            return torch.full_like(like, math.nan)
+        part, main = self.mean_tensor((stream, s, 'read')).unbind(1)
+        return part / main
 
 
-def headline(values, quoted_at=None):
-    """values: (R, S), quoted at the sublayer where quoted_at, (R, S), is largest in each replicate; or (R,), of a whole stream.
-    Returns what measure.json says of it; low and high are the 2.5% and 97.5% quantiles over the bootstrap's replicates."""
-    sublayer = last = None
-    if values.ndim == 2:
-        peak = np.where(np.isfinite(quoted_at), quoted_at, -np.inf).argmax(1)
-        sublayer, last = int(peak[0]), number(values[0, -1])
-        values = np.take_along_axis(values, peak[:, None], 1)[:, 0]
-    low, high = np.quantile(values[1:], (0.025, 0.975))
-    return {
-        'value': number(values[0]),
-        'low': number(low),
-        'high': number(high),
-        'sublayer': sublayer,
-        'last': last,
-    }
+# ---- from a model to statistics
 
 
 def attention_sink(attention, q, k):
-    """q, k: (B, n_head, T, d / n_head) of an Attention. Returns (B, n_head): the mean probability that queries give to position 0. Gu et al. 2025, §3."""
+    """q, k: (B, n_head, T, d / n_head) of an Attention. Returns (B, n_head): the mean probability that
+    queries give to position 0. Gu et al. 2025, §3."""
+    # values that are 1 at position 0 and else 0: attention returns the probability itself
     one_hot = torch.zeros_like(k)
-    one_hot[:, :, 0] = (
-        1  # values that are 1 at position 0 and else 0: attention returns the probability itself
-    )
+    one_hot[:, :, 0] = 1
     return attention.attend(q, k, one_hot)[..., 0].mean(-1)
 
 
 @contextmanager
-def hooked(model, on_streams, on_sinks=None):
+def hooked(model, on_streams, on_sinks=None, on_reads=None):
     """While it lasts, calls functions on what passes through an uncompiled model.
 
-    on_streams(s, streams) is called after every sublayer s with {name: (B, T, d)}; streams that an operator derives from its own
-    are among them. What it returns, a dict of streams or None, takes the place of those streams.
+    on_streams(s, streams) is called after every sublayer s with {name: (B, T, d)}; streams that an operator
+    derives from its own are among them. What it returns, a dict of streams or None, takes the place of these.
     on_sinks(layer, sinks) is called in every attention with the mean probability of position 0, (B, n_head).
-    A model that has a method of this name is asked instead: pretrained ones do."""
+    on_reads(s, parts) is called with what each stream alone adds to the read of sublayer s, {name: (B, T,
+    d)}, if there are several. A model that has a method of this name is asked instead, as pretrained ones
+    have."""
     if hasattr(model, 'hooked'):
         with model.hooked(on_streams, on_sinks):
             yield
@@ -253,6 +329,8 @@ def hooked(model, on_streams, on_sinks=None):
         if on_sinks and sublayer.kind == 'attn':
             attention = sublayer.function
             handles.append(attention.qkv.register_forward_hook(sink_hook(s // 2, attention, on_sinks)))
+        if on_reads and len(model.stream_names) > 1:
+            handles.append(sublayer.register_forward_pre_hook(read_hook(s, on_reads)))
     try:
         yield
     finally:
@@ -284,6 +362,53 @@ def sink_hook(layer, attention, on_sinks):
     return hook
 
 
+def read_hook(s, on_reads):
+    """Returns the forward pre-hook of sublayer s. A stream's part of the read is what is read of it alone."""
+
+    def hook(sublayer, inputs):
+        streams = inputs[0]
+        nothing = {name: torch.zeros_like(x) for name, x in streams.items()}
+        on_reads(s, {name: sublayer.residual.read({**nothing, name: x}) for name, x in streams.items()})
+
+    return hook
+
+
+@contextmanager
+def modules_hooked(model, streams, on_streams):
+    """The same for any model of torch. streams: {name of a stream: names of the modules whose outputs it is,
+    in order}; 'blocks.3:input' is the first input of blocks.3. on_streams(s, {name: (B, T, d)}) is called at
+    each."""
+    modules, handles = dict(model.named_modules()), []
+    try:
+        for stream, places in streams.items():
+            for s, place in enumerate(places):
+                handles.append(hook_place(modules, place, partial(on_streams, s), stream))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def hook_place(modules, place, on_stream, stream):
+    """Hooks one module of `modules`, {name: module}, so that on_stream({stream: (B, T, d)}) is called
+    there."""
+    name, _, side = place.partition(':')
+    if name not in modules or side not in ('', 'input'):
+        known = ', '.join(list(filter(None, modules))[:8])
+        raise UserError(f"there is no module '{place}': name one of model.named_modules() ({known}, …)")
+
+    def see(found):
+        x = found[0] if isinstance(found, tuple) and found else found
+        if not torch.is_tensor(x) or x.ndim != 3 or not x.is_floating_point():
+            what = f'a tensor {tuple(x.shape)}' if torch.is_tensor(x) else f'a {type(x).__name__}'
+            raise UserError(f"module '{place}' gives {what}: a stream is a tensor (B, T, d) of floats")
+        on_stream({stream: x})
+
+    if side == 'input':
+        return modules[name].register_forward_pre_hook(lambda module, inputs: see(inputs))
+    return modules[name].register_forward_hook(lambda module, inputs, output: see(output))
+
+
 def window_batches(tokens, starts, batch_size):
     """Yields inputs and targets, each (B, T), of the windows of `tokens` at `starts`."""
     for i in range(0, len(starts), batch_size):
@@ -291,42 +416,95 @@ def window_batches(tokens, starts, batch_size):
 
 
 @torch.no_grad()
-def collect(model, batches, statistics, extras=False, progress=lambda done: None):
-    """Adds batches of (inputs, targets), each (B, T) token ids, to `statistics`, and returns it. extras: also the loss and the attention sink."""
+def collect(model, batches, statistics, streams=None, extras=False, progress=lambda done: None):
+    """Puts batches through a model, adds its streams to `statistics` and returns that.
 
-    def on_streams(s, streams):
-        for name, x in streams.items():
+    batches: an iterable of token ids, (B, T) int64, or of pairs of these and their targets.
+    streams: None for a model that hooked() knows; for any other, {name of a stream: names of its modules}, as
+    in modules_hooked. extras: also the loss and, of a model that hooked() knows, the attention sink."""
+
+    def on_streams(s, seen):
+        for name, x in seen.items():
             statistics.add_stream(name, s, x)
 
     def on_sinks(layer, sinks):
         statistics.add(('sink', layer), sinks)
 
-    device = next(model.parameters()).device
-    with hooked(model, on_streams, on_sinks if extras else None):
-        for idx, targets in batches:
-            idx, targets = idx.to(device), targets.to(device)
+    if streams is None:
+        hooks = hooked(model, on_streams, on_sinks if extras else None, statistics.add_reads)
+    else:
+        hooks = modules_hooked(model, streams, on_streams)
+    device = next((parameter.device for parameter in model.parameters()), 'cpu')
+    with hooks:
+        for batch in batches:
+            idx, targets = (batch, None) if torch.is_tensor(batch) else batch
+            idx = idx.to(device)
             statistics.begin(len(idx), device, idx)
-            logits = model(idx)
-            if extras:
-                statistics.add('loss', sequence_losses(logits, targets))
+            output = model(idx)
+            if extras and targets is not None:
+                statistics.add_losses(sequence_losses(output, targets.to(device)))
             progress(statistics.sequences)
     return statistics
 
 
 def sequence_losses(logits, targets):
-    """logits: (B, T, V); targets: (B, T). Returns (B,) float64: the mean cross-entropy of each sequence, in nats per token.
-    One sequence at a time, since it takes a copy of the logits."""
-    losses = [
-        F.cross_entropy(*pair, reduction='none').mean(dtype=torch.float64) for pair in zip(logits, targets)
-    ]
+    """logits: (B, T, V); targets: (B, T). Returns (B,) float64: the mean cross-entropy of each sequence, in
+    nats per token. One sequence at a time, since it takes a copy of the logits."""
+    pairs = zip(logits, targets)
+    losses = [F.cross_entropy(*pair, reduction='none').mean(dtype=torch.float64) for pair in pairs]
     return torch.stack(losses)
 
 
+# ---- from statistics to a report
+
+
+def number(x, digits=7):
+    """A float that JSON can carry, to 7 digits, which is float32's precision; None if it is not finite."""
+    return float(f'{x:.{digits}g}') if math.isfinite(x) else None
+
+
+def interval(values):
+    """values: (R,), the measurement and its replicates. Returns {value, low, high}: the 2.5% and 97.5%
+    quantiles over the replicates, None where there are none or where one of them is not finite."""
+    low, high = interval_ends(values[:, None])[0]
+    return {'value': number(values[0]), 'low': low, 'high': high}
+
+
+def interval_ends(values):
+    """values: (R, S). Returns S pairs [low, high], as above."""
+    if len(values) < 2:
+        return [[None, None] for _ in range(values.shape[1])]
+    with np.errstate(invalid='ignore'):
+        ends = np.quantile(values[1:], (0.025, 0.975), axis=0)
+    return [[number(low), number(high)] for low, high in ends.T]
+
+
+def headline(values, quoted_at=None):
+    """values: (R, S), quoted at the sublayer where quoted_at, (R, S), is largest in each replicate; or (R,),
+    of a whole stream. Returns what measure.json says of it: an interval, and another for the last
+    sublayer."""
+    if values.ndim == 1:
+        return {**interval(values), 'sublayer': None, 'last': None, 'last_low': None, 'last_high': None}
+    peak = np.where(np.isfinite(quoted_at), quoted_at, -np.inf).argmax(1)
+    at_peak = np.take_along_axis(values, peak[:, None], 1)[:, 0]
+    last = interval(values[:, -1])
+    return {
+        **interval(at_peak),
+        'sublayer': int(peak[0]),
+        'last': last['value'],
+        'last_low': last['low'],
+        'last_high': last['high'],
+    }
+
+
 def training_record(statistics):
-    """Returns what a line of log.jsonl says of each stream: a list over the sublayers for each quantity, a number for the stream's own."""
+    """Returns what a line of log.jsonl says of each stream: a list over the sublayers for each quantity, a
+    number for what belongs to the whole stream."""
 
     def plain(v):
-        return [plain(w) for w in v] if v.ndim else int(v) if v.dtype.kind == 'i' else number(v)
+        if v.ndim:
+            return [plain(w) for w in v]
+        return int(v) if v.dtype.kind == 'i' else number(v)
 
     return {
         stream: {name: plain(v[0]) for name, v in statistics.stream(stream).items()}
@@ -334,94 +512,71 @@ def training_record(statistics):
     }
 
 
+def streams_report(statistics, kinds=None, decoded=None):
+    """Returns {stream: its entry in measure.json}.
+
+    kinds: 'attn', 'mlp' or 'block' of every sublayer (default: all 'block'). decoded: the stream that the
+    head reads."""
+    entries = {}
+    for stream in statistics.streams():
+        kinds_of_stream = kinds or ['block'] * statistics.depth(stream)
+        entries[stream] = stream_report(statistics, stream, kinds_of_stream, stream == decoded)
+    return entries
+
+
 def stream_report(statistics, stream, kinds, decoded=False):
-    """Returns the entry of one stream in measure.json. kinds: of the sublayers, 'attn', 'mlp' or 'block'; decoded: is it what the head reads?"""
+    """Returns the entry of one stream in measure.json; kinds: as above."""
     q = statistics.stream(stream)
-    dominant, start = int(q['dominant_dim'][0]), int(q['start_dim'][0])
+    dominant, start_dim = q['dominant_dim'], q['start_dim']
     return {
         'decoded': decoded,
-        'dominant_dim': dominant,
-        'start_dim': start,
-        'same_dim': dominant == start,
+        'dominant_dim': int(dominant[0]),
+        'start_dim': int(start_dim[0]),
+        'same_dim': bool(dominant[0] == start_dim[0]),
+        # the share of the replicates in which the same dimension is chosen again
+        'dominant_dim_share': share_of_first(dominant),
+        'start_dim_share': share_of_first(start_dim),
         'peak_sublayer': int(q['magnitude_at_dominant'][0].argmax()),
         **{key: headline(q[key], q.get(QUOTED_AT.get(key, key))) for key in HEADLINES},
-        'sublayers': [sublayer_report(statistics, stream, s, kind, q) for s, kind in enumerate(kinds)],
+        'sublayers': sublayer_reports(statistics, stream, kinds, q),
     }
 
 
-def sublayer_report(statistics, stream, s, kind, q):
-    """Returns what measure.json says of a stream after sublayer s. q: statistics.stream(stream)."""
-    columns = (column.tolist() for column in statistics.top[stream, s])
-    return {
-        'sublayer': s,
-        'kind': kind,
-        'top': [
-            {'value': number(value), 'sequence': sequence, 'position': position, 'token': token, 'dim': dim}
-            for value, sequence, position, token, dim in zip(*columns)
-        ],
-        'top_mean': [number(q[f'top{i + 1}'][0, s]) for i in range(statistics.topk)],
-        'largest_dim': int(q['largest_dim'][0, s]),
-        'largest_start_dim': int(q['largest_start_dim'][0, s]),
-        **{key: number(q[key][0, s]) for key in HEADLINES if q[key].ndim == 2},
-    }
+def share_of_first(values):
+    """values: (R,). Returns the share of the replicates that equal the measurement, None without
+    replicates."""
+    return number((values[1:] == values[0]).mean()) if len(values) > 1 else None
 
 
-def measure(run, args):
-    """Measures an open run. Returns what measure.json holds, and {stream: (T, d)}: mean magnitudes at the stream's peak."""
-    model, tokens = run.model, run.tokens
-    if args.topk > (size := tokens.block_size * model.n_embd):
-        raise UserError(
-            f'the {args.topk} largest magnitudes are asked for, but a sequence of {run.path} has {size}: ask for fewer'
-        )
-    starts = tokens.fixed_starts(args.sequences, args.seed)
-    batch_size = sequences_at_once(model, args.device, tokens.block_size)
-
-    def progress(done):
-        if sys.stderr.isatty():
-            end = '' if done < len(starts) else '\r\033[K'
-            print(f'\r{run.path}: {done} of {len(starts)} sequences', end=end, file=sys.stderr, flush=True)
-
-    statistics = Statistics(args.topk, REPLICATES, args.seed)
-    collect(model, window_batches(tokens, starts, batch_size), statistics, extras=True, progress=progress)
-    kinds = [sublayer.kind for sublayer in model.sublayers]
-    streams = {
-        name: stream_report(statistics, name, kinds, name == model.decoded) for name in statistics.streams()
-    }
-    loss = headline(statistics.mean('loss'))
-    report = {
-        'schema': 1,
-        'checkpoint': str(run.path),
-        'iter_num': run.iter_num,
-        'val_loss': loss['value'],
-        'loss': loss,
-        'loss_per_byte': per_byte(loss, tokens),
-        'model': {**run.model_args, 'parameters': sum(p.numel() for p in model.parameters())},
-        'data': {
-            **run.data,
-            'sequences': len(starts),
-            'block_size': tokens.block_size,
-            'first_token': tokens.first_token,
-            'tokens': len(starts) * tokens.block_size,
-            'seed': args.seed,
-        },
-        'streams': streams,
-        'attention_sink': sink_report(statistics),
-    }
-    idx = tokens.windows(starts[:8])[0].to(args.device)
-    return report, landscape(model, idx, {name: s['peak_sublayer'] for name, s in streams.items()})
+def sublayer_reports(statistics, stream, kinds, q):
+    """Returns what measure.json says of a stream after every sublayer. q: statistics.stream(stream)."""
+    keys = [key for key in HEADLINES if q[key].ndim == 2]
+    ends = {key: interval_ends(q[key]) for key in keys}
+    k = sum(name.startswith('top') and name[3:].isdecimal() for name in q)
+    return [
+        {
+            'sublayer': s,
+            'kind': kind,
+            'top': top_entries(statistics.top[stream, s]),
+            'top_mean': [number(q[f'top{i + 1}'][0, s]) for i in range(k)],
+            'largest_dim': int(q['largest_dim'][0, s]),
+            'largest_start_dim': int(q['largest_start_dim'][0, s]),
+            **{key: number(q[key][0, s]) for key in keys},
+            'intervals': {key: ends[key][s] for key in keys},
+        }
+        for s, kind in enumerate(kinds)
+    ]
 
 
-def per_byte(loss, tokens):
-    """Returns the headline of a loss in nats per byte of the text, which all tokenizers have in common.
-    None where the bytes are not known, as in files of token ids."""
-    if not hasattr(tokens, 'bytes_per_token'):
-        return None
-    scaled = {key: number(loss[key] / tokens.bytes_per_token) for key in ('value', 'low', 'high')}
-    return {**loss, **scaled}
+def top_entries(top):
+    """top: five columns of Statistics.top. Returns the largest magnitudes with their places."""
+    names = ('value', 'sequence', 'position', 'token', 'dim')
+    rows = zip(*(column.tolist() for column in top))
+    return [dict(zip(names, (number(value), *place))) for value, *place in rows]
 
 
 def sink_report(statistics):
-    """Returns what measure.json says of attention sinks, or None where no attention is at hand."""
+    """Returns what measure.json says of attention sinks, None where no attention was seen."""
     layers = [name[1] for name in statistics.sums if name[0] == 'sink']
     if not layers:
         return None
@@ -434,84 +589,179 @@ def sink_report(statistics):
     }
 
 
-@torch.no_grad()
-def landscape(model, idx, sublayers):
-    """idx: (B, T). sublayers: {stream: s}. Returns {stream: (T, d) numpy}, the mean magnitude over the B sequences after that sublayer."""
-    caught = {}
-
-    def on_streams(s, streams):
-        caught.update(
-            {
-                name: x.abs().mean(0).float().cpu().numpy()
-                for name, x in streams.items()
-                if sublayers[name] == s
-            }
+def measure(run, args):
+    """Measures an open run. Returns what measure.json holds."""
+    model, tokens = run.model, run.tokens
+    size = tokens.block_size * model.n_embd
+    if args.topk > size:
+        raise UserError(
+            f'--topk is {args.topk}, but a sequence of {run.path} has {size} entries: ask for fewer'
         )
+    starts = tokens.fixed_starts(args.sequences, args.seed)
+    batch_size = sequences_at_once(model, args.device, tokens.block_size)
+    statistics = Statistics(args.topk, REPLICATES, args.seed)
+    batches = window_batches(tokens, starts, batch_size)
+    progress = partial(show_progress, run.name, len(starts))
+    collect(model, batches, statistics, extras=True, progress=progress)
+    kinds = [sublayer.kind for sublayer in model.sublayers]
+    streams = streams_report(statistics, kinds, model.decoded)
+    for name, image in landscapes(model, tokens.windows(starts[:LANDSCAPE_SEQUENCES])[0], streams).items():
+        streams[name]['landscape'] = image
+    loss = headline(statistics.mean('loss'))
+    return {
+        'schema': 1,
+        'checkpoint': str(run.path),
+        'iter_num': run.iter_num,
+        'val_loss': loss['value'],
+        'loss': loss,
+        'loss_per_byte': per_byte(loss, tokens),
+        'loss_by_sequence': [number(v, 6) for batch in statistics.losses for v in batch.tolist()],
+        'model': {**run.model_args, 'parameters': model.num_params()},
+        'data': {
+            **run.data,
+            'sequences': len(starts),
+            'block_size': tokens.block_size,
+            'first_token': tokens.first_token,
+            'tokens': len(starts) * tokens.block_size,
+            'seed': args.seed,
+        },
+        'streams': streams,
+        'attention_sink': sink_report(statistics),
+    }
+
+
+def per_byte(loss, tokens):
+    """Returns the headline of a loss in nats per byte of the text, which all tokenizers have in common. None where
+    the bytes are not known, as in files of token ids."""
+    if not hasattr(tokens, 'bytes_per_token'):
+        return None
+    ends = {key: loss[key] and number(loss[key] / tokens.bytes_per_token) for key in ('value', 'low', 'high')}
+    return {**loss, **ends}
+
+
+def show_progress(name, count, done):
+    """Says on a terminal how many sequences are done, and nothing when all are."""
+    if sys.stderr.isatty():
+        text = f'{name}: {done} of {count} sequences' if done < count else ''
+        print(f'\r\033[K{text}', end='', file=sys.stderr, flush=True)
+
+
+@torch.no_grad()
+def landscapes(model, idx, streams):
+    """idx: (B, T). streams: as streams_report returns them. Returns {stream: pooled mean magnitude over the B
+    sequences, after the sublayer of its peak}."""
+    found = {}
+
+    def on_streams(s, seen):
+        for name, x in seen.items():
+            if streams[name]['peak_sublayer'] == s:
+                found[name] = {
+                    'sublayer': s,
+                    'sequences': len(idx),
+                    **pooled(x.abs().mean(0).float().cpu().numpy()),
+                }
 
     with hooked(model, on_streams):
-        model(idx)
-    return caught
+        model(idx.to(next(model.parameters()).device))
+    return found
 
 
-def print_run(name, report, say_token):
-    """One line a quantity: for each stream its headline with the sublayer that it belongs to, and its value at the last sublayer."""
-    data, streams, sink = report['data'], report['streams'], report['attention_sink']
-    print(
-        f'\n{name}, iteration {report["iter_num"]}: {data["sequences"]} sequences of {data["block_size"]} tokens, {data["name"]} {data["split"]}, seed {data["seed"]}'
+def pooled(a):
+    """a: (T, d) magnitudes. Returns the largest of each block of positions and dimensions, a single large
+    entry being what must not be lost, with the edges of the blocks; and the largest of all with its place.
+
+    Blocks of positions grow with the position, so that position 0 has one of its own; those of dimensions do
+    not."""
+    T, d = a.shape
+    position_edges = np.unique(np.geomspace(1, T + 1, min(T, 64) + 1).round().astype(int)) - 1
+    dim_edges = np.unique(np.linspace(0, d, min(d, 64) + 1).round().astype(int))
+    blocks = np.maximum.reduceat(np.maximum.reduceat(a, position_edges[:-1], 0), dim_edges[:-1], 1)
+    position, dim = np.unravel_index(a.argmax(), a.shape)
+    return {
+        'largest': {'value': number(a[position, dim]), 'position': int(position), 'dim': int(dim)},
+        'position_edges': position_edges.tolist(),
+        'dim_edges': dim_edges.tolist(),
+        'magnitude': [[number(v, 3) for v in row] for row in blocks],
+    }
+
+
+def find_untrained(run, report, args):
+    """Returns the untrained model's streams, {name: {'sublayers': …}}, and in words where they come from:
+    from measure_0.json, from ckpt_0.pt, which is then measured, or from the first line of log.jsonl; else
+    None."""
+    for path in dict.fromkeys((run.out / 'measure_0.json', run.path.with_name('measure_0.json'))):
+        untrained = read_report(path)
+        if untrained and untrained['data'] == report['data'] and untrained['model'] == report['model']:
+            return untrained['streams'], path.name
+    path = run.path.with_name('ckpt_0.pt')
+    if path.exists():
+        untrained = measure_untrained(run, path, args)
+        write_report(run.out / 'measure_0.json', untrained)
+        return untrained['streams'], path.name
+    log = read_log(run.path.with_name('log.jsonl'))
+    if log and log[0]['iter'] == 0 and log[0].get('streams'):
+        return {
+            name: sublayers_of_record(record) for name, record in log[0]['streams'].items()
+        }, 'log.jsonl, step 0'
+    return None
+
+
+def measure_untrained(run, path, args):
+    """Measures ckpt_0.pt beside a run, in the place of its model, which is let go of."""
+    run.model = None
+    checkpoint = load_checkpoint(path)
+    model = build_model(checkpoint, path, bf16_streams=False).to(args.device)
+    return measure(replace(run, name=f'{run.name}, untrained', path=path, model=model, iter_num=0), args)
+
+
+def sublayers_of_record(record):
+    """record: a stream of log.jsonl. Returns the same as a stream of measure.json, without intervals."""
+    keys = [key for key, values in record.items() if isinstance(values, list) and key in HEADLINES]
+    return {'sublayers': [dict(zip(keys, values)) for values in zip(*(record[key] for key in keys))]}
+
+
+def read_report(path):
+    """Returns a measure.json, or None where there is no whole one."""
+    try:
+        report = json.loads(path.read_text())
+        return report if report['schema'] == 1 else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def add_verdicts(run, report, args):
+    """Adds to a report what its streams are judged to hold, and the untrained values that they were held
+    against."""
+    if run.path.name == 'ckpt_0.pt':
+        return
+    untrained, source = find_untrained(run, report, args) or ({}, 'no untrained weights at hand')
+    report['untrained'] = {'source': source, 'streams': {}}
+    for name, entry in report['streams'].items():
+        before = untrained.get(name)
+        if before and len(before['sublayers']) == len(entry['sublayers']):
+            bounds = untrained_bounds(before)
+            keys = [key for key in figures.PROFILE if key in before['sublayers'][0]]
+            values = {key: [sublayer[key] for sublayer in before['sublayers']] for key in keys}
+            report['untrained']['streams'][name] = values
+        else:
+            bounds = [REFERENCE] * len(entry['sublayers'])
+        entry['outlier'] = judge(entry, bounds)
+
+
+def paired_difference(report, first):
+    """Returns the interval of the difference between two runs' losses on the same windows, pairs kept; None
+    in it where their windows are not the same."""
+    losses = [np.array(r['loss_by_sequence'], float) for r in (report, first)]
+    if report['data'] != first['data'] or len(losses[0]) != len(losses[1]):
+        return dict.fromkeys(('value', 'low', 'high'))
+    weights = bootstrap_weights(
+        report['data']['seed'], range(len(losses[0])), REPLICATES if len(losses[0]) > 1 else 0
     )
-    per_byte = report['loss_per_byte']
-    print(
-        f'loss {cell(report["loss"])} nats per token'
-        + (f', {cell(per_byte)} per byte' if per_byte else '')
-        + (f'; {cell(sink["fraction_of_heads"])} of the heads are attention sinks' if sink else '')
-    )
-    if data['first_token'] is not None:
-        print(f'position 0 is {say_token(data["first_token"])}, the token for the beginning of a text')
-    elif data['split'] == 'text':
-        print('position 0 is a token of the text, not one for its beginning')
-    print(
-        f'{"":22}'
-        + ''.join(
-            f'{stream + " (decoded)" * s["decoded"]:28}{"at":8}{"last":8}' for stream, s in streams.items()
-        ).rstrip()
-    )
-    for key, label in HEADLINES.items():
-        row = f'{label:22}'
-        for s in streams.values():
-            at = (
-                ''
-                if s[key]['sublayer'] is None
-                else f'{s["sublayers"][s[key]["sublayer"]]["kind"]} {s[key]["sublayer"]}'
-            )
-            row += f'{cell(s[key]):28}{at:8}{short(s[key]["last"], 3) if at else "":8}'
-        print(row.rstrip())
-    for stream, s in streams.items():
-        top = s['sublayers'][s['peak_sublayer']]['top'][0]
-        print(
-            f'{stream}: dominant dimension {s["dominant_dim"]}, start dimension {s["start_dim"]}; after sublayer {s["peak_sublayer"]} at most '
-            f'{short(top["value"], 4)}: dimension {top["dim"]}, position {top["position"]}, {say_token(top["token"])}'
-        )
+    weights = weights[weights.any(1)]
+    return interval(weights @ (losses[0] - losses[1]) / weights.sum(1))
 
 
-def print_comparison(reports):
-    """Prints a column for each run. Returns what stands in it: {run: (decoded stream, {quantity: headline})}."""
-    columns = {}
-    for name, report in reports.items():
-        stream, s = next((stream, s) for stream, s in report['streams'].items() if s['decoded'])
-        losses = {'loss (nats per token)': report['loss']}
-        if all(other['loss_per_byte'] for other in reports.values()):
-            losses['loss (nats per byte)'] = report['loss_per_byte']
-        columns[name] = stream, {**losses, **{HEADLINES[key]: s[key] for key in COMPARED}}
-    print('\ndecoded stream of each run, 95% intervals over sequences')
-    for i in range(0, len(columns), 3):  # three fit in 110 columns
-        block = list(columns.items())[i : i + 3]
-        print(f'{"":22}' + ''.join(f'{f"{name} ({stream})":29.28}' for name, (stream, _) in block).rstrip())
-        for label in block[0][1][1]:
-            print(
-                f'{label:22}'
-                + ''.join(f'{cell(quantities[label]):29}' for _, (_, quantities) in block).rstrip()
-            )
-    return columns
+# ---- the program
 
 
 def parse_arguments(argv):
@@ -528,32 +778,44 @@ def parse_arguments(argv):
     return args
 
 
+def write_report(path, report):
+    with atomic_write(path, 'w') as file:
+        json.dump(report, file, separators=(',', ':'))
+
+
 def run(argv):
     args = parse_arguments(argv)
     reports, folders = {}, []
     for run in open_runs(args, args.split):
-        out, suffix, name = run.out, run.suffix, run.name
-        reports[name], landscapes = measure(run, args)
+        report = measure(run, args)
+        add_verdicts(run, report, args)
+        write_report(run.out / f'measure{run.suffix}.json', report)
+        print_run(run.name, report, run.say_token)
+        log = run.path.with_name('log.jsonl') if run.path.stem == 'ckpt' else None
+        drawn = figures.draw_run(run.name, run.out, run.suffix, log)
+        say_written(run.out, f'measure{run.suffix}.json', *drawn)
+        reports[run.name] = report
         folders.append(run.out.resolve().parent)
-        with atomic_write(out / f'measure{suffix}.json', 'w') as file:
-            json.dump(reports[name], file, indent=1)
-        draw_profile(name, reports[name], out / f'profile{suffix}.png')
-        draw_landscape(name, reports[name], landscapes, out / f'landscape{suffix}.png')
-        if log := run.path.stem == 'ckpt' and read_log(run.path.parent / 'log.jsonl'):
-            draw_series(name, log, out / 'series.png')
-        print_run(name, reports[name], run.say_token)
-        print(
-            f'written: {os.path.relpath(out)}/measure{suffix}.json, profile{suffix}.png, landscape{suffix}.png'
-            + ', series.png' * bool(log)
-        )
     if len(reports) > 1:
-        out = args.out or Path(os.path.commonpath(folders))
-        draw_comparison(print_comparison(reports), out / 'comparison.png')
-        print(f'written: {os.path.relpath(out)}/comparison.png')
+        columns = compare(reports, paired_difference)
+        print_comparison(columns)
+        out = args.out or common_folder(folders)
+        write_report(out / 'comparison.json', columns)
+        say_written(out, 'comparison.json', *figures.draw_comparison_of(out))
+
+
+def say_written(folder, *names):
+    print(f'written: {os.path.relpath(folder)}/{", ".join(names)}')
+
+
+def common_folder(folders):
+    """Returns the folder that holds all of these, or the working folder where that is none but the root."""
+    common = Path(os.path.commonpath(folders))
+    return Path() if common == Path(common.root) else common
 
 
 def command(run, argv, too_large='this model in float32: use --device=cpu'):
-    """Runs run(argv) as a program: in float32 without TF32, a user's mistake and a full GPU said in one sentence."""
+    """Runs run(argv) as a program: in float32 without TF32, and says in one sentence what a user can mend."""
     torch.set_float32_matmul_precision('highest')
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -562,6 +824,11 @@ def command(run, argv, too_large='this model in float32: use --device=cpu'):
         sys.exit(f'error: {error}')
     except torch.cuda.OutOfMemoryError:
         sys.exit(f'error: the GPU has too little free memory for {too_large}')
+    except KeyboardInterrupt:
+        sys.exit('stopped by Ctrl-C: what was written before is whole')
+    except OSError as error:
+        where = f'{error.filename}: ' if error.filename else ''
+        sys.exit(f'error: {where}{error.strerror}: if this was to be written, name another folder with --out')
 
 
 def main(argv=None):

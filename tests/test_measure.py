@@ -27,6 +27,7 @@ from measure import (
     print_run,
     row_median,
     stream_report,
+    streams_report,
     training_record,
     window_batches,
 )
@@ -51,9 +52,16 @@ HEADLINES = (
     'massive_count',
     'median',
     'norm',
+    'start_norm',
+    'share_of_norm',
+    'relative_start_concentration',
+    'relative_start_token_concentration',
+    'relative_start_dim_concentration',
+    'read_share',
     'persistence',
     'start_persistence',
 )
+HEADLINE = ('value', 'low', 'high', 'sublayer', 'last', 'last_low', 'last_high')
 every_arm = pytest.mark.parametrize('arm', ARMS)
 every_stream = pytest.mark.parametrize(
     'arm, stream', [('baseline', 'h'), ('qknorm', 'h'), ('ledger', 'D'), ('ledger', 'C')]
@@ -207,6 +215,7 @@ def per_sequence(X):
         'kurtosis': (z**4 - 3).mean((2, 3)),
         'massive_count': ((flat > 100) & (flat >= 1000 * median[..., None])).sum(-1),
         'norm': np.sqrt((X**2).sum(-1)).mean(-1),
+        'norm_at_start': np.sqrt((X[:, :, 0] ** 2).sum(-1)),
         'top1_at_start': flat.argmax(-1) < X.shape[-1],
     }
 
@@ -218,10 +227,20 @@ def over_sequences(sequences, weights):
     }
     m, p = q.pop('m'), q.pop('p')
     dominant, start = m.mean(0).argmax(), p.mean(0).argmax()
-    q |= {'fixed_dim_ratio': m.max(1) / np.median(m, 1), 'start_ratio': p.max(1) / np.median(p, 1)}
+    concentration = p / m
+    own = np.take_along_axis(concentration, p.argmax(1)[:, None], 1)[:, 0]
+    middle = np.median(concentration, 1)
+    q |= {
+        'fixed_dim_ratio': m.max(1) / np.median(m, 1),
+        'start_ratio': p.max(1) / np.median(p, 1),
+        'relative_start_concentration': own / middle,
+        'start_norm': q.pop('norm_at_start') / q['norm'],
+        'share_of_norm': q['norm'] / q['norm'].max(),
+    }
     quoted = {name: value.argmax() for name, value in q.items()}
     for name, j in (('start_token_concentration', dominant), ('start_dim_concentration', start)):
-        q[name], quoted[name] = p[:, j] / m[:, j], m[:, j].argmax()
+        q[name], quoted[name] = concentration[:, j], m[:, j].argmax()
+        q[f'relative_{name}'], quoted[f'relative_{name}'] = concentration[:, j] / middle, m[:, j].argmax()
     return (
         q,
         quoted,
@@ -324,7 +343,8 @@ def test_the_loss_is_the_mean_over_tokens_in_nats(measured, arm):
     logits, report = measured.seen[arm][0], measured.reports[arm]
     z = logits - logits.max(-1, keepdims=True)
     nll = (np.log(np.exp(z).sum(-1)) - np.take_along_axis(z, measured.targets[..., None], 2)[..., 0]).mean(1)
-    replicates = [weights @ nll / weights.sum() for weights in bootstrap_weights(0, range(N), 200)[1:]]
+    weights = bootstrap_weights(0, range(N), measure.REPLICATES)[1:]
+    replicates = [w @ nll / w.sum() for w in weights if w.any()]
     close(
         [report['val_loss'], report['loss']['value'], report['loss']['low'], report['loss']['high']],
         [nll.mean(), nll.mean(), *np.quantile(replicates, [0.025, 0.975])],
@@ -368,6 +388,43 @@ def test_a_sink_is_a_head_that_gives_position_0_more_than_0_3(measured, arm):
     close(report['heads'], sink)
     close([report['mean']['value'], report['fraction_of_heads']['value']], [np.mean(sink), over.mean()])
     assert 0 < over.mean() < 1
+
+
+def test_the_read_share_is_the_norm_of_what_C_adds_to_a_read_over_that_of_D(measured):
+    model, sublayers = measured.models['ledger'], measured.reports['ledger']['streams']['C']['sublayers']
+    D, C = (measured.seen['ledger'][1][stream] for stream in 'DC')
+    for s in range(1, 4):
+        scale = model.sublayers[s].residual.read_scale.detach().double().numpy()
+        norms = [np.sqrt((x**2).sum(-1)).mean() for x in (scale * C[s - 1], D[s - 1])]
+        close(sublayers[s]['read_share'], norms[0] / norms[1])
+    assert sublayers[0]['read_share'] == 0 and sublayers[3]['read_share'] > 0
+    for arm, stream in (('ledger', 'D'), ('baseline', 'h')):  # which read nothing beside themselves
+        assert measured.reports[arm]['streams'][stream]['read_share']['value'] is None
+
+
+def test_streams_that_an_operator_derives_are_measured_like_any_other(measured, monkeypatch):
+    model = measured.models['ledger']
+    derive = staticmethod(lambda streams: {'turned C': streams['C'].flip(-1)})
+    monkeypatch.setattr(type(model.sublayers[0].residual), 'derived', derive, raising=False)
+    batches = window_batches(measured.tokens, measured.starts, 4)
+    streams = streams_report(collect(model, batches, Statistics(3, 20)), KINDS, model.decoded)
+    assert list(streams) == ['D', 'C', 'turned C'] and not streams['turned C']['decoded']
+    assert streams['turned C']['dominant_dim'] == D - 1 - streams['C']['dominant_dim']
+    assert streams['turned C']['fixed_dim_ratio'] == streams['C']['fixed_dim_ratio']
+
+
+def test_what_on_streams_returns_takes_the_place_of_the_streams(measured):
+    model, idx = measured.models['ledger'], torch.from_numpy(measured.idx)
+    seen = []
+
+    def swap(s, streams):
+        seen.append((s, sorted(streams)))
+        return {'C': torch.zeros_like(streams['C'])} if s == 3 else None
+
+    with torch.no_grad(), measure.hooked(model, swap):
+        logits = model(idx)
+    close(logits, np.zeros(logits.shape))
+    assert seen == [(s, ['C', 'D']) for s in range(4)]
 
 
 # ---- planted outliers
@@ -517,8 +574,16 @@ def test_intervals_are_those_of_a_bootstrap_that_chooses_the_dimensions_anew_and
     assert {whole['dominant_dim'] for *_, whole in replicates} >= {4, 9}
     report = stream_report(added(X, 3, replicates=200), 'h', KINDS)
     for key in HEADLINES:
+        if key == 'read_share':
+            continue
         values = [q[key][quoted[key]] if key in q else whole[key] for q, quoted, whole in replicates]
         close([report[key]['low'], report[key]['high']], np.quantile(values, [0.025, 0.975]))
+    every = {
+        key: np.quantile([q[key] for q, *_ in replicates], [0.025, 0.975], axis=0) for key in replicates[0][0]
+    }
+    for key, ends in every.items():
+        close([sublayer['intervals'][key] for sublayer in report['sublayers']], ends.T)
+        close([report[key]['last_low'], report[key]['last_high']], ends[:, -1])
     assert report['norm']['low'] < report['norm']['value'] < report['norm']['high']
 
 
@@ -553,7 +618,7 @@ def test_measure_json_has_the_keys_of_the_design(measured, arm):
     )
     for s in report['streams'].values():
         assert s.keys() >= {'decoded', 'dominant_dim', 'start_dim', 'peak_sublayer', 'sublayers', *HEADLINES}
-        assert all(s[key].keys() == {'value', 'low', 'high', 'sublayer', 'last'} for key in HEADLINES)
+        assert all(s[key].keys() == {*HEADLINE} for key in HEADLINES)
         assert [(sublayer['sublayer'], sublayer['kind']) for sublayer in s['sublayers']] == [
             (0, 'attn'),
             (1, 'mlp'),
@@ -574,7 +639,10 @@ def test_what_is_undefined_for_a_stream_of_zeros_is_null_in_the_report_and_a_das
             C[key]['last'],
             *(sublayer[key] for sublayer in C['sublayers']),
         ] == [None] * 7
-    assert '–' in tables.split('95% intervals')[1] and Path('out/comparison.png').stat().st_size > 5000
+    assert (
+        '–' in tables.split('decoded stream of each run')[1]
+        and Path('out/comparison.png').stat().st_size > 5000
+    )
 
 
 def test_a_stream_that_is_zero_at_first_is_quoted_where_it_is_not(here, undrawn):
@@ -604,13 +672,15 @@ def test_a_folder_above_several_runs_is_measured_side_by_side(measured):
 
 
 def test_figures_are_drawn_and_a_series_only_where_there_is_a_log(measured):
-    figures = {str(path.relative_to(measured.out)): path.read_bytes() for path in measured.out.rglob('*.png')}
-    assert figures.keys() == {
+    pictures = {
+        str(path.relative_to(measured.out)): path.read_bytes() for path in measured.out.rglob('*.png')
+    }
+    assert pictures.keys() == {
         'comparison.png',
         'ledger/series.png',
         *(f'{arm}/{name}.png' for arm in ARMS for name in ('profile', 'landscape')),
     }
-    assert all(png.startswith(b'\x89PNG\r\n\x1a\n') and len(png) > 5000 for png in figures.values())
+    assert all(png.startswith(b'\x89PNG\r\n\x1a\n') and len(png) > 5000 for png in pictures.values())
 
 
 @pytest.mark.parametrize('value', [1.5, 12345.6, -0.00123456, 1.23456e9])
@@ -619,13 +689,15 @@ def test_columns_stay_apart_and_within_110_whatever_the_values(measured, capsys,
     for s in report['streams'].values():
         s['sublayers'] *= 6
         for key in HEADLINES[:-2]:
-            s[key] |= {'value': value, 'low': value, 'high': value, 'last': value, 'sublayer': 22}
+            s[key] |= dict.fromkeys(HEADLINE, value) | {'sublayer': 22}
     print_run('ledger', report, str)
-    rows = capsys.readouterr().out.splitlines()[4 : 4 + len(HEADLINES)]
-    assert max(map(len, rows)) <= 110
-    assert {len(row[22:].split()) for row in rows if 'persistence' not in row} == {
-        12
-    }  # two streams: value, low, high, kind, sublayer, last
+    printed = capsys.readouterr().out.splitlines()
+    assert max(map(len, printed)) <= 110
+    rows = [row[23:].split() for row in printed if row.startswith('kurtosis')]
+    assert [len(row) for row in rows] == [
+        9,
+        9,
+    ]  # value, low, high, kind, sublayer, last, low, high, untrained
 
 
 def test_paths_may_be_relative_and_absolute(here, undrawn):
@@ -756,7 +828,7 @@ MISTAKES = {  # what is done to the checkpoint, further flags, what the sentence
     'data that are not there': (lambda path: shutil.rmtree('data'), [], 'cannot read'),
     'no sequences': (None, ['--sequences=0'], '--sequences'),
     'no largest': (None, ['--topk=0'], '--topk'),
-    'more largest than there are': (None, [f'--topk={T * D + 1}'], 'largest magnitudes are asked for'),
+    'more largest than there are': (None, [f'--topk={T * D + 1}'], '--topk'),
     'a file as --out': (None, ['--out=data/meta.json'], 'data/meta.json'),
     'no GPU': (None, ['--device=cuda'], '--device=cpu'),
 }
@@ -798,11 +870,11 @@ def test_a_checkpoint_that_a_live_run_replaces_is_read_whole(here, monkeypatch):
 def test_an_interrupted_measurement_leaves_the_report_of_before(here, monkeypatch):
     def interrupted(report, file, **_):
         file.write('{"schema"')
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt  # Ctrl-C
 
     Path('out/run/measure.json').write_text('that of before')
     monkeypatch.setattr(json, 'dump', interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match='Ctrl-C'):
         command('--ckpt=out/run', '--sequences=2')
     assert {path.name for path in Path('out/run').iterdir()} == {'ckpt.pt', 'measure.json'} and Path(
         'out/run/measure.json'
