@@ -103,7 +103,8 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Positions(nn.Embedding):
-    """A learned vector for each position is added to the embedded tokens. (B, T, d) → (B, T, d)."""
+    """How the model knows positions: a learned vector for each is added to the embedded tokens.
+    (B, T, d) → (B, T, d)."""
 
     def __init__(self, config):
         super().__init__(config.block_size, config.n_embd)
@@ -111,6 +112,12 @@ class Positions(nn.Embedding):
 
     def forward(self, x):
         return x + self.weight[: x.shape[1]]
+
+    @staticmethod
+    def turn(x):
+        """x: queries or keys, (B, n_head, T, d / n_head), the same shape as what is returned. Learned
+        positions leave them alone; rotary ones turn them (arms/rope_swiglu.py)."""
+        return x
 
 
 class Attention(nn.Module):
@@ -123,6 +130,7 @@ class Attention(nn.Module):
         self.proj = linear(d, d)
         self.q_norm = RMSNorm(d // self.n_head) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(d // self.n_head) if config.qk_norm else nn.Identity()
+        self.turn = arm_part(config, 'Positions', Positions).turn
         # k′ and v′ of Sun et al. 2024, §4: a place to rest that is not the first token
         self.bias_k = nn.Parameter(torch.zeros(d)) if config.attn_bias_kv else None
         self.bias_v = nn.Parameter(torch.zeros(d)) if config.attn_bias_kv else None
@@ -131,7 +139,8 @@ class Attention(nn.Module):
         """q, k, v: (B, T, d), the thirds of what self.qkv returns.
         Returns queries, keys and values, each (B, n_head, T, d / n_head)."""
         q, k, v = (x.unflatten(-1, (self.n_head, -1)) for x in (q, k, v))
-        return self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
+        q, k = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2)
+        return self.turn(q), self.turn(k), v.transpose(1, 2)
 
     def attend(self, q, k, v, bias_v=None):
         """q, k, v: (B, n_head, T, d / n_head). Returns what the queries find, of the same shape.

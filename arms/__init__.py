@@ -7,7 +7,7 @@ A file holds plain classes, named after the parts that they replace:
     Residual(config, s)             the residual operator of sublayer s, derived from one in model.py
     Attention(config), MLP(config)  (B, T, d) → (B, T, d), derived from those in model.py
     Norm(n)                         what a sublayer's input and the head's pass through; n dimensions
-    Positions(config)               (B, T, d) → (B, T, d), puts the positions into the embedded tokens
+    Positions(config)               puts positions into the embedded tokens, or into queries and keys
     make_optimizer(model, config)   what train.py takes its steps with
 
 and, if the arm needs other defaults, SETTINGS: {setting: value}. A config file and the command line still
