@@ -1,5 +1,8 @@
-"""The specification of intervene.py. What an edit must do is done again by hand, in numpy and float64: `by_hand` is the whole model,
-written from the formulas, and shows every stream to a function that may change it. d dimensions, S sublayers, levels 0 … S."""
+"""The specification of intervene.py and edits.py.
+
+What an edit must do is done again by hand: tests/reference.py computes the whole model in numpy and float64, and shows
+every stream to a function that may change it. d dimensions, S sublayers, levels 0 … S.
+"""
 
 import json
 import math
@@ -12,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from reference import nothing, reference_of
 
 from checkpoint import open_runs
 from data.classes import CLASSES, classify, structure
@@ -19,19 +23,25 @@ from data.loader import Tokens, encoding
 from measure import bootstrap_weights
 from model import GPT, GPTConfig
 from studies import intervene
-from studies.intervene import (
+from studies.edits import (
     CONTROLS,
     Edit,
     Reference,
-    attention,
-    constancy,
     edited,
     evaluate,
-    outcome,
     plan,
-    sample,
     states,
     with_controls,
+)
+from studies.intervene import attention, constancy, outcome, sample
+from studies.intervene_report import (
+    ROWS,
+    detailed_results,
+    print_all,
+    print_summary,
+    ratio_ticks,
+    results_at,
+    summarized,
 )
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -39,6 +49,7 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 N, T, D, S, K = 6, 16, 20, 4, 3
 SMALL = dict(block_size=T, vocab_size=257, n_layer=S // 2, n_head=2, n_embd=D, gate_rank=3)
 ARMS = {'baseline': dict(qk_norm=True), 'ledger': dict(residual='ledger'), 'bias': dict(attn_bias_kv=True)}
+HOWS = ('zero', 'mean', 'overall', 'clip')
 STREAMS = [('baseline', 'h'), ('ledger', 'D'), ('ledger', 'C')]
 every_stream = pytest.mark.parametrize('arm, stream', STREAMS)
 ENTRIES = dict(positions=(0, 3, 3), dims=(7, 5, 7))
@@ -90,73 +101,11 @@ def lab(tmp_path_factory):
     )
 
 
-def by_hand(model, idx, touch=lambda where, level, streams: streams):
-    """The forward pass in numpy, float64. touch(where, level, {stream: (B, T, d)}) returns the streams as they go on: where is 'stream' (after sublayer level − 1),
-    'reads' (the input of sublayer level alone) or 'decoder' (the head's alone). Returns the logits and {stream: (S + 1, B, T, d)}."""
-    w = {name: p.detach().double().numpy() for name, p in model.named_parameters()}
-    ledger, idx = model.config.residual == 'ledger', idx.numpy()
-
-    def norm(x, gain):
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * w[gain]
-
-    def sigmoid(x):
-        return 1 / (1 + np.exp(-x))
-
-    def attend(u, name):
-        q, k, v = (
-            x.reshape(*x.shape[:2], 2, -1).swapaxes(1, 2)
-            for x in np.split(u @ w[f'{name}.qkv.weight'].T, 3, -1)
-        )
-        if model.config.qk_norm:
-            q, k = norm(q, f'{name}.q_norm.weight'), norm(k, f'{name}.k_norm.weight')
-        scores = q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1]) + np.triu(
-            np.full((u.shape[1],) * 2, -np.inf), 1
-        )
-        p = np.exp(scores - scores.max(-1, keepdims=True))
-        return (p / p.sum(-1, keepdims=True) @ v).swapaxes(1, 2).reshape(u.shape) @ w[f'{name}.proj.weight'].T
-
-    def mlp(u, name):
-        a = u @ w[f'{name}.fc.weight'].T + w[f'{name}.fc.bias']
-        return (a * (1 + np.vectorize(math.erf)(a / math.sqrt(2))) / 2) @ w[f'{name}.proj.weight'].T + w[
-            f'{name}.proj.bias'
-        ]
-
-    x = w['tok_emb.weight'][idx] + w['pos_emb.weight'][: idx.shape[1]]
-    streams = {'D': x, 'C': 0 * x} if ledger else {'h': x}
-    seen = [streams]
-    for s in range(S):
-        r = f'sublayers.{s}.residual'
-        read = touch('reads', s, streams)
-        u = norm(
-            read['D'] + w[f'{r}.read_scale'] * read['C'] if ledger else read['h'],
-            f'sublayers.{s}.norm.weight',
-        )
-        y = (attend, mlp)[s % 2](u, f'sublayers.{s}.function')
-        if ledger:
-
-            def low_rank(name, z, bias=0):
-                return z @ w[f'{r}.{name}.V.weight'].T @ w[f'{r}.{name}.U.weight'].T + bias
-
-            k, D_ = low_rank('erase_direction', u), streams['D']
-            k = k / np.linalg.norm(k, axis=-1, keepdims=True)
-            D_ = (
-                D_
-                - sigmoid(low_rank('erase_gate', u, w[f'{r}.erase_gate.U.bias']))
-                * k
-                * (k * D_).sum(-1, keepdims=True)
-                + sigmoid(low_rank('write_gate', u, w[f'{r}.write_gate.U.bias']))
-                * (y + low_rank('write_map', y))
-            )
-            c = sigmoid(u @ w[f'{r}.commit_weight'] + w[f'{r}.commit_bias'])[..., None]
-            streams = {'D': D_, 'C': streams['C'] + c * (D_ + low_rank('commit_map', D_))}
-        else:
-            streams = {'h': streams['h'] + y}
-        streams = touch('stream', s + 1, streams)
-        seen.append(streams)
-    decoded = touch('decoder', S, streams)['C' if ledger else 'h']
-    return norm(decoded, 'norm.weight') @ w['head.weight'].T, {
-        stream: np.stack([level[stream] for level in seen]) for stream in streams
-    }
+def by_hand(model, idx, touch=nothing):
+    """The forward pass in numpy, float64, with a touch as tests/reference.py calls it.
+    Returns the logits and {stream: (S + 1, B, T, d)}."""
+    logits, levels, _ = reference_of(model).forward(idx.numpy(), touch)
+    return logits, {stream: np.stack([level[stream] for level in levels]) for stream in levels[0]}
 
 
 def losses(logits, targets):
@@ -172,6 +121,11 @@ def limit_of(x, quantile):
 def largest(x):
     """x: (T, d). Returns the places of its K largest magnitudes, (position, dimension)."""
     return [tuple(divmod(int(i), D)) for i in np.argsort(-np.abs(x), axis=None, kind='stable')[:K]]
+
+
+def put_in(how, others, t, j):
+    """others: (M, T, d). Returns what an edit puts in the place of dimension j at position t, or at all of them."""
+    return {'zero': 0, 'mean': others[:, t, j].mean(0), 'overall': others[:, :, j].mean()}[how]
 
 
 def by_hand_with(lab, arm, edit):
@@ -191,10 +145,10 @@ def by_hand_with(lab, arm, edit):
         elif edit.own:
             for n in range(N):
                 for t, j in largest(own[edit.own, n]):
-                    x[n, t, j] = others[level][:, t, j].mean(0) if edit.how == 'mean' else 0
+                    x[n, t, j] = put_in(edit.how, others[level], t, j)
         else:
             for t, j in zip(edit.positions or [slice(None)] * len(edit.dims), edit.dims):
-                x[:, t, j] = others[level][:, t, j].mean(0) if edit.how == 'mean' else 0
+                x[:, t, j] = put_in(edit.how, others[level], t, j)
         return {**streams, edit.stream: x}
 
     return losses(by_hand(lab.models[arm], lab.idx, touch)[0], lab.targets)
@@ -227,11 +181,11 @@ def test_an_edit_is_the_tensor_changed_by_hand(lab, arm, stream, place):
     where, levels = PLACES[place]
     edits = [
         Edit(where, stream, levels, how, **entries)
-        for how in ('zero', 'mean')
+        for how in ('zero', 'mean', 'overall')
         for entries in (ENTRIES, dict(dims=(5, 7)))
     ]
     edits.append(Edit(where, stream, levels, 'clip', quantile=0.9))
-    edits += [Edit(where, stream, levels, how, own=2) for how in ('zero', 'mean')]
+    edits += [Edit(where, stream, levels, how, own=2) for how in ('zero', 'mean', 'overall')]
     before, after = evaluated(lab, arm, edits)
     np.testing.assert_allclose(before, losses(by_hand(lab.models[arm], lab.idx)[0], lab.targets), atol=1e-4)
     for edit in edits:
@@ -326,10 +280,8 @@ def test_a_gpu_gives_the_same_losses(lab):
     for arm, stream in STREAMS:
         edits = [
             edit
-            for result in plan(
-                lab.references[arm], stream, 1, ('zero', 'mean', 'clip'), stream != 'D', arm != 'ledger'
-            )
-            for edit in result['group'].values()
+            for trial in plan(lab.references[arm], stream, 1, HOWS, stream != 'D', arm != 'ledger')
+            for edit in trial.group.values()
         ]
         model = random_model(arm).cuda()
         reference = Reference(model, lab.tokens, lab.tokens.fixed_starts(2 * N)[N:], lab.starts, K, 4, 0)
@@ -498,25 +450,36 @@ def test_the_controls_of_a_sequences_own_entries_are_made_from_them(lab):
 
 @every_stream
 def test_every_planned_result_has_its_controls(lab, arm, stream):
-    results = plan(lab.references[arm], stream, 1, ('zero', 'mean', 'clip'), stream != 'D', arm != 'ledger')
-    for result in results:
-        assert set(result['group']) == {'edit', 'moved'} | (
-            set() if result['what'] == 'all' else {'random', 'median'}
-        ) | ({'other'} if result['what'] in ('top', 'start', 'last start') else set())
-    made = {(r['where'], r['what'], r['how'], r['reach']) for r in results}
-    assert len(made) == len(results)
-    assert {
-        ('stream', what, how, reach)
-        for what in ('top', 'start', 'dims')
-        for how in ('zero', 'mean')
-        for reach in ('once', 'downstream')
-    } <= made
-    assert {
-        ('stream', 'all', f'clip {q}', reach)
-        for q in (0.9999, 0.999, 0.99, 0.9)
-        for reach in ('once', 'downstream')
-    } <= made
-    assert ({'reads', 'decoder'} <= {where for where, *_ in made}) == (stream != 'D')
+    trials = plan(lab.references[arm], stream, 1, HOWS, stream != 'D', arm != 'ledger')
+    for trial in trials:
+        what = trial.said['what']
+        expected = {'edit', 'moved'}
+        if what != 'all':
+            expected |= {'random', 'median'}
+        if what in ('top', 'start', 'last start'):
+            expected |= {'other'}
+        assert set(trial.group) == expected
+
+
+@every_stream
+def test_every_way_of_changing_a_stream_is_planned_and_of_keeping_it_from_those_that_read_it(
+    lab, arm, stream
+):
+    trials = plan(lab.references[arm], stream, 1, HOWS, stream != 'D', arm != 'ledger')
+    made = {tuple(trial.said[key] for key in ('where', 'what', 'how', 'reach')) for trial in trials}
+    assert len(made) == len(trials)
+    quantiles = [f'clip {q}' for q in (0.9999, 0.999, 0.99, 0.9)]
+    for reach in ('once', 'downstream'):
+        for what in ('top', 'start', 'dims'):
+            assert {('stream', what, how, reach) for how in ('zero', 'mean', 'overall')} <= made
+        assert {('stream', 'all', how, reach) for how in quantiles} <= made
+    kept = {('reads', 'every'), ('decoder', '')} if stream != 'D' else set()
+    assert {(where, reach) for where, *_, reach in made if where != 'stream'} == kept
+    for where, reach in kept:
+        assert {
+            (where, what, how, reach) for what in ('start', 'dims') for how in ('zero', 'mean', 'overall')
+        } <= made
+        assert {(where, 'all', how, reach) for how in quantiles} <= made
     assert (('reads', 'all', 'zero', 'every') in made) == (stream == 'C')
 
 
@@ -524,8 +487,8 @@ def test_the_decoder_loses_what_the_reads_lose_and_what_is_largest_at_its_own_pl
     reference = lab.references['ledger']
     for s in (1, S - 1):
         dims = {
-            (r['where'], r['what']): r['group']['edit'].dims
-            for r in plan(reference, 'C', s, ('zero',), True, False)
+            (trial.said['where'], trial.said['what']): trial.group['edit'].dims
+            for trial in plan(reference, 'C', s, ('zero',), True, False)
         }
         last = reference.pick('C', S)
         for what in ('start', 'dims'):
@@ -752,7 +715,7 @@ def ran(lab):
                     used.setdefault(name, set(starts.tolist())) and true(model, tokens, starts, *rest)
                 ),
             )
-        printed = command('--ckpt', path.parent, '--sequences=6', '--top=2')
+        printed = command('--ckpt', path.parent, '--sequences=6', '--top=2', '--all')
     return SimpleNamespace(
         out=path.parent,
         printed=printed,
@@ -788,6 +751,24 @@ def test_entries_are_not_chosen_on_the_windows_that_are_evaluated(ran):
     )
 
 
+def table_rows(printed):
+    return [line for line in printed.splitlines() if re.search(r'\[\S+, \S+\]\S* .*\|', line)]
+
+
+def test_eight_rows_are_printed_first_and_with_them_what_the_sweep_was_made_on(ran, capsys):
+    shown = {result['stream']: result['sublayer'] for result in ran.report['results']}
+    print_summary('run', ran.report, shown)
+    summary = capsys.readouterr().out
+    assert summary in ran.printed and len(table_rows(summary)) == ROWS == 8
+    assert 'on the first 5 of these 6 sequences' in summary and 'with --all' in summary
+    chosen = summarized([r for stream, s in shown.items() for r in results_at(ran.report, stream, s)])
+    kept = {(r['stream'], r['where']) for r in chosen}
+    assert kept == {('D', 'stream'), ('C', 'stream'), ('C', 'reads'), ('C', 'decoder')}
+    for stream, s in shown.items():
+        assert len(summarized(results_at(ran.report, stream, s))) == ROWS
+        assert {r['what'] for r in detailed_results(ran.report, stream, s)} == {'start', 'dims'}
+
+
 def test_every_result_stands_beside_its_controls(ran):
     results = ran.report['results'] + ran.report['sweep']
     assert all('moved' in result['controls'] for result in results)
@@ -804,8 +785,8 @@ def test_every_result_stands_beside_its_controls(ran):
         ('reads', 'every'),
         ('decoder', ''),
     }
-    ratios = [line for line in ran.printed.splitlines() if re.search(r'\[\S+, \S+\]', line)]
-    assert len(ratios) == len(results) and all(line.partition('|')[2].strip() for line in ratios)
+    ratios = [line for line in table_rows(ran.printed) if line.partition('|')[2].strip()]
+    assert len(ratios) == ROWS + len(results)
 
 
 def test_the_breakdowns_add_up_to_the_whole(ran):
@@ -841,10 +822,9 @@ def test_what_is_not_finite_is_printed_as_a_dash(ran, capsys):
     for of in report['before'].values():
         for row in of.values():
             row['share'] = 0.5  # counted, so always a number
-    intervene.print_report('broken', report)
-    intervene.print_details(
-        report, {stream: [r for r in report['results'] if r['stream'] == stream] for stream in 'DC'}
-    )
+    shown = {'D': report['results'][0]['sublayer'], 'C': report['results'][-1]['sublayer']}
+    print_summary('broken', report, shown)
+    print_all(report, shown)
     printed = capsys.readouterr().out
     assert 'nan' not in printed and 'None' not in printed and '– [–, –]' in printed
 
@@ -896,7 +876,7 @@ def test_a_ratio_of_one_can_be_read_off_every_axis(low, high):
 
     drawing, axis = pyplot.subplots()
     axis.set(xscale='log', xlim=(low, high))
-    intervene.ratio_ticks(axis.xaxis)
+    ratio_ticks(axis.xaxis)
     labels = [label.get_text() for label in axis.get_xticklabels()]
     assert labels.count('1') == 1 and 2 <= len(set(labels)) == len(labels) <= 12
     pyplot.close(drawing)
