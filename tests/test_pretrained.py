@@ -24,6 +24,7 @@ from data.loader import UserError
 from model import GPT, GPTConfig
 
 transformers = pytest.importorskip('transformers')
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 ROOT = Path(__file__).resolve().parent.parent
 V, T, D, LAYERS, HEADS = 97, 24, 32, 3, 4
@@ -95,7 +96,7 @@ def build(config, dtype=torch.float32):
 
 
 @pytest.fixture(scope='module')
-def models():
+def models(one_thread):
     """Every family, as transformers builds it and as this project reads it."""
     built = {family: build(config()) for family, config in FAMILIES.items()}
     return {family: (model, pretrained.Pretrained(model)) for family, model in built.items()}
