@@ -605,7 +605,8 @@ def measure(run, args):
     collect(model, batches, statistics, extras=True, progress=progress)
     kinds = [sublayer.kind for sublayer in model.sublayers]
     streams = streams_report(statistics, kinds, model.decoded)
-    for name, image in landscapes(model, tokens.windows(starts[:LANDSCAPE_SEQUENCES])[0], streams).items():
+    shown = tokens.windows(starts[:LANDSCAPE_SEQUENCES])[0]
+    for name, image in landscapes(model, shown, streams, batch_size).items():
         streams[name]['landscape'] = image
     loss = headline(statistics.mean('loss'))
     return {
@@ -631,8 +632,8 @@ def measure(run, args):
 
 
 def per_byte(loss, tokens):
-    """Returns the headline of a loss in nats per byte of the text, which all tokenizers have in common. None where
-    the bytes are not known, as in files of token ids."""
+    """Returns the headline of a loss in nats per byte of the text, which all tokenizers have in common. None
+    where the bytes are not known, as in files of token ids."""
     if not hasattr(tokens, 'bytes_per_token'):
         return None
     ends = {key: loss[key] and number(loss[key] / tokens.bytes_per_token) for key in ('value', 'low', 'high')}
@@ -647,23 +648,27 @@ def show_progress(name, count, done):
 
 
 @torch.no_grad()
-def landscapes(model, idx, streams):
-    """idx: (B, T). streams: as streams_report returns them. Returns {stream: pooled mean magnitude over the B
-    sequences, after the sublayer of its peak}."""
-    found = {}
+def landscapes(model, idx, streams, batch_size):
+    """idx: (B, T), of which batch_size go through the model together. streams: from streams_report.
+    Returns {stream: pooled mean magnitude over the B sequences, after the sublayer of its peak}."""
+    totals = {}
 
     def on_streams(s, seen):
         for name, x in seen.items():
             if streams[name]['peak_sublayer'] == s:
-                found[name] = {
-                    'sublayer': s,
-                    'sequences': len(idx),
-                    **pooled(x.abs().mean(0).float().cpu().numpy()),
-                }
+                totals[name] = totals.get(name, 0) + x.abs().float().sum(0).cpu().numpy()
 
     with hooked(model, on_streams):
-        model(idx.to(next(model.parameters()).device))
-    return found
+        for part in idx.split(batch_size):
+            model(part.to(next(model.parameters()).device))
+    return {
+        name: {
+            'sublayer': streams[name]['peak_sublayer'],
+            'sequences': len(idx),
+            **pooled(total / len(idx)),
+        }
+        for name, total in totals.items()
+    }
 
 
 def pooled(a):

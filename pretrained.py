@@ -463,12 +463,13 @@ def open_run(name, args):
         return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
     tokens = Texts(args.text, encode, block_size, model.vocab_size, first_token(tokenizer, args.bos))
-    short_name = Path(model_name).resolve().name if Path(model_name).is_dir() else label.replace('/', '_')
+    is_folder = Path(model_name).is_dir()
+    short_name = Path(model_name).resolve().name if is_folder else label.replace('/', '_')
     out, suffix = output_folder(args, short_name, Path('out', short_name, 'ckpt.pt'))
     step = re.search(r'step(\d+)', revision or '')
     run = OpenRun(
         name=short_name,
-        path=Path(label),
+        path=Path(model_name, 'config.json') if is_folder else Path(label),
         model=model,
         tokens=tokens,
         meta={'tokenizer': label, 'vocab_size': model.vocab_size, 'eot': tokenizer.eos_token_id},
