@@ -2,7 +2,11 @@
 The folder of a run, out/<run>/: its checkpoints and its log, written whole or not at all, and opened for
 reading."""
 
+import errno
+import fcntl
 import json
+import math
+import os
 import tempfile
 import zipfile
 from contextlib import contextmanager
@@ -11,13 +15,18 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_leaves
 
-from data.loader import Texts, Tokens, UserError, dataset_folder, encoding, read_meta
+from data.loader import Texts, Tokens, UserError, atomic_write, dataset_folder, encoding, read_meta
 from model import GPT, GPTConfig
 
 ROOM_FOR_REPORTS = (
     2**21
 )  # bytes that a report and its pictures may take: tried before a measurement, not after it
+
+
+# What a file system says that knows no locks: some network disks and containers.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class DamagedCheckpoint(UserError):
@@ -100,8 +109,8 @@ def writing(path, needs=''):
         yield
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a failing write
         raise UserError(
-            f'cannot write {path}{needs} ({str(error).splitlines()[0]}): the checkpoints that were there are whole; '
-            'make room or name another --out_dir, then go on with --init_from=resume'
+            f'cannot write {path}{needs} ({str(error).splitlines()[0]}): the checkpoints that were there are '
+            'whole; make room or name another --out_dir, then go on with --init_from=resume'
         ) from None
 
 
@@ -119,6 +128,157 @@ def read_log(path):
         raise UserError(
             f'{path} is not a log of training ({error}): move it away, and the run goes on with a new one'
         ) from None
+
+
+class RunFolder:
+    """The folder of a run that trains: its lock, its checkpoints and its log. Nothing in it is ever half
+    written.
+
+    ckpt.pt is the newest checkpoint and ckpt_prev.pt the one before. Of several processes of one run only the
+    first writes; the others read the same checkpoint. say: what to call with a sentence for the console."""
+
+    def __init__(self, path, writes, say):
+        self.path = Path(path)
+        self.writes = writes
+        self.say = say
+        self.lock = None
+        self.newest_is_whole = True  # ckpt.pt, that is: a damaged one is not kept as ckpt_prev.pt
+
+    def open(self, init_from, restore):
+        """Makes the folder this run's own and calls restore(checkpoint, path) with its newest whole
+        checkpoint, if it has one. init_from: 'scratch' refuses a folder that has one, 'resume' one that has
+        none."""
+        if (self.path / 'lock').exists():
+            self.take_lock()  # first of all: another run may be writing
+        found = [self.path / name for name in ('ckpt.pt', 'ckpt_prev.pt')]
+        found = [path for path in found if path.exists()]
+        if found and init_from == 'scratch':
+            raise UserError(
+                f'{self.path} holds a run already: go on with --init_from=resume, or name another --out_dir'
+            )
+        if not found and init_from == 'resume':
+            raise UserError(
+                f'there is no checkpoint in {self.path} to resume: start without --init_from=resume'
+            )
+        self.take_lock()
+        for path in found:
+            try:
+                return restore(load_checkpoint(path), path)
+            except DamagedCheckpoint as error:
+                if path == found[-1] and init_from == 'resume':
+                    raise
+                self.say(str(error))
+                self.newest_is_whole = False
+
+    def take_lock(self):
+        """Keeps other runs out of the folder until this process ends, however it ends."""
+        if self.lock or not self.writes:
+            return
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.path / 'lock', 'a')
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f'another run is writing to {self.path}: wait for it, or name another --out_dir'
+                ) from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                self.say(
+                    f'the file system of {self.path} has no locks ({error.strerror}): '
+                    'see to it that no second run writes there'
+                )
+
+    def release(self):
+        """Lets other runs into the folder."""
+        if self.lock:
+            self.lock.close()
+            self.lock = None
+
+    def write(self, name, contents):
+        """Writes a checkpoint under a name of its own. contents: a dict of tensors and plain values."""
+        size = sum(x.nbytes for x in tree_leaves(contents) if torch.is_tensor(x))
+        path = self.path / name
+        with writing(path, f', which needs about {size:,} bytes'), atomic_write(path) as file:
+            torch.save(contents, file)
+
+    def save(self, contents):
+        """Writes ckpt.pt. What was ckpt.pt becomes ckpt_prev.pt."""
+        newest = self.path / 'ckpt.pt'
+        self.write('ckpt_new.pt', contents)
+        if newest.exists() and self.newest_is_whole:
+            os.replace(newest, self.path / 'ckpt_prev.pt')
+        os.replace(self.path / 'ckpt_new.pt', newest)
+        self.newest_is_whole = True
+
+    def cut_log(self, iter_num):
+        """Drops the lines of log.jsonl past an iteration, since its steps will be taken again; all of them
+        if it is 0. Returns whether the iteration itself is in the log."""
+        if not self.writes:
+            return False
+        path = self.path / 'log.jsonl'
+        lines = [line for line in read_log(path) if line['iter'] <= iter_num > 0]
+        with writing(path), atomic_write(path, 'w') as file:
+            file.writelines(json.dumps(line) + '\n' for line in lines)
+        return any(line['iter'] == iter_num for line in lines)
+
+    def log(self, line):
+        """Adds a line to log.jsonl, on disk before the checkpoint that relies on it. A number that is not
+        finite, for which JSON has no word, is null."""
+        if not self.writes:
+            return
+        path = self.path / 'log.jsonl'
+        with writing(path), open(path, 'a') as file:
+            file.write(json.dumps(finite(line), allow_nan=False) + '\n')
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def finite(value):
+    """Returns a nest of dicts and lists with None in the place of every number that is not finite."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def differences(checkpoint, constants, defaults):
+    """Returns {setting: 'setting old → new'} for all in which a run differs from its checkpoint. constants:
+    what the run's own checkpoints say of it. A setting that the checkpoint has never heard of had its
+    default."""
+    old = {**defaults, **checkpoint['config'], **checkpoint['model_args']}
+    old['data_sha256'] = checkpoint.get('data_sha256')
+    new = {**constants['config'], **constants['model_args'], 'data_sha256': constants['data_sha256']}
+    return {key: f'{key} {old.get(key)!r} → {new[key]!r}' for key in new if old.get(key) != new[key]}
+
+
+def resumable(checkpoint, optimizer, path):
+    """Returns the state_dict that puts the optimizer where the checkpoint left it. Raises DamagedCheckpoint
+    if this or anything else that a resume needs is missing: fused AdamW checks nothing, and would write
+    past the end of a tensor that is too small."""
+    parameters = [p for group in optimizer.param_groups for p in group['params']]
+    state = {}
+    try:
+        losses = (checkpoint['val_loss'], checkpoint['best_val_loss'])
+        is_count = type(checkpoint['iter_num']) is int and checkpoint['iter_num'] >= 0
+        if not is_count or not all(isinstance(loss, int | float) for loss in losses):
+            raise ValueError('iter_num')
+        for i, parameter in enumerate(parameters):
+            saved = checkpoint['optimizer']['state'][i]
+            state[i] = {name: saved[name].contiguous() for name in ('step', 'exp_avg', 'exp_avg_sq')}
+            for name, value in state[i].items():
+                shape = () if name == 'step' else parameter.shape
+                if value.shape != shape or not value.isfinite().all():
+                    raise ValueError(name)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError):
+        raise DamagedCheckpoint(
+            f'{path} lacks what a resume needs, or its optimizer belongs to another model: '
+            'use ckpt_prev.pt beside it, or start again'
+        ) from None
+    return {'state': state, 'param_groups': optimizer.state_dict()['param_groups']}
 
 
 def add_run_arguments(parser, sequences, writes):

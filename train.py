@@ -1,30 +1,26 @@
 """
 Trains one arm: one process or many, CPU or GPUs, the same run.
 
-    python train.py config/ledger_demo.py --max_iters=500                       one process
-    torchrun --nproc_per_node=8 train.py config/ledger_290m.py                  eight GPUs
-    python train.py config/ledger_demo.py --init_from=resume                    goes on exactly where it stopped
+    python train.py config/ledger_demo.py --max_iters=500                   one process
+    torchrun --nproc_per_node=8 train.py config/ledger_290m.py              eight GPUs
+    python train.py config/ledger_demo.py --init_from=resume                goes on exactly where it stopped
 
-Settings are the fields of Config below; a config file assigns some of them, --key=value has the last word.
-A run writes out/<name of the config file>/: log.jsonl, ckpt.pt, ckpt_prev.pt, ckpt_best.pt.
+Settings are the fields of GPTConfig (model.py) and of Config (settings.py); --help lists them. A config file
+assigns some of them, --key=value has the last word. A run writes out/<name of the config file>/: log.jsonl,
+ckpt.pt, ckpt_prev.pt, ckpt_best.pt.
 """
 
-import ast
-import difflib
-import fcntl
-import gc
-import inspect
-import json
+import machine
+
+import copy
 import math
-import os
 import re
-import runpy
 import signal
 import sys
 import time
-import traceback
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from bisect import bisect_right
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
 
@@ -33,244 +29,23 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
-from checkpoint import DamagedCheckpoint, build_model, load_checkpoint, read_log, writing
-from data.loader import Tokens, UserError, atomic_write, dataset_folder, read_meta
+from checkpoint import RunFolder, build_model, differences, resumable
+from data.loader import Tokens, UserError, dataset_folder, read_meta
 from measure import Statistics, at_once, collect, training_record, window_batches
-from model import GPT, RESIDUALS, GPTConfig, twin
+from model import GPT, twin
+from settings import FREE_TO_CHANGE, Config, help_text, read_config
+from world import World, first_line, precision, wants_compile
 
-
-@dataclass
-class Config(GPTConfig):
-    """The settings of a run: those of the model, and these. vocab_size comes with the data, and is none."""
-
-    # the data
-    dataset: str = 'fineweb_edu'  # data/<dataset>/, or a path if it has a slash
-    bos: bool = (
-        False  # every window starts with the end-of-text id, in training, evaluating and measuring alike
-    )
-    # the step
-    batch_size: int = 24  # sequences a step, over all processes
-    micro_batch: int = 0  # sequences that one process puts through the model at once; 0: all that it has
-    max_iters: int = 14000  # 344M tokens
-    lr: float = 3e-4  # at its peak
-    warmup_iters: int = 300  # linear, from nothing
-    min_lr_ratio: float = 0.1  # cosine from lr to this share of it at max_iters
-    weight_decay: float = 0.1  # of matrices and embeddings
-    decay_all: bool = False  # gate biases, gains, λ and w_c decay too, as in the published code
-    beta1: float = 0.9
-    beta2: float = 0.999
-    grad_clip: float = 1.0  # largest L2 norm of all gradients together
-    seed: int = 1337  # of the weights and of the windows
-    # the record
-    out_dir: str = ''  # '': out/<name of the config file, or else of the residual>
-    init_from: str = 'scratch'  # 'resume' goes on from out_dir's checkpoint; 'auto' does if there is one
-    log_interval: int = 10  # steps between lines on the console
-    eval_interval: int = (
-        500  # steps between lines in log.jsonl; also at step 0, at powers of two and at the end
-    )
-    eval_sequences: int = (
-        128  # fixed windows of each split for the losses; the first 64 of val for the streams
-    )
-    ckpt_interval: int = 1000  # steps between checkpoints
-    snapshots: str = ''  # '0,500': iterations whose weights are kept as ckpt_<iter>.pt
-    # the machine
-    device: str = 'auto'  # cuda if there is one, else cpu
-    dtype: str = 'auto'  # of autocast: bfloat16 on cuda, float32 (none) on cpu
-    compile: bool = True  # torch.compile; up to a minute well spent, except for the smallest runs
-    cuda_graphs: bool = (
-        True  # with compile, on a GPU: launching its kernels one by one would take longer than they do
-    )
-    kernels: bool = True  # kernels.py for the training step where it applies: the ledger in bfloat16 on a GPU
-
-    def __post_init__(self):
-        positive = (
-            'lr',
-            'grad_clip',
-            'batch_size',
-            'max_iters',
-            'log_interval',
-            'eval_interval',
-            'eval_sequences',
-            'ckpt_interval',
-        )
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.type in (int, float) and not (
-                0 < value < math.inf if f.name in positive else 0 <= value < math.inf
-            ):
-                raise UserError(
-                    f'{f.name} is {value}: expected a number {"above 0" if f.name in positive else "of 0 or more"}'
-                )
-        for name, choices in {
-            'init_from': ('scratch', 'resume', 'auto'),
-            'device': ('auto', 'cpu', 'cuda'),
-            'dtype': ('auto', 'float32', 'bfloat16'),
-        }.items():
-            if getattr(self, name) not in choices:
-                raise UserError(f"{name} is '{getattr(self, name)}': expected one of {', '.join(choices)}")
-        if max(self.beta1, self.beta2) >= 1 or self.seed >= 2**63:
-            raise UserError(
-                f'beta1 = {self.beta1}, beta2 = {self.beta2}, seed = {self.seed}: expected betas below 1 and a seed below 2⁶³'
-            )
-        if not all(part.isdecimal() for part in self.snapshots.split(',') if self.snapshots):
-            raise UserError(
-                f"snapshots is '{self.snapshots}': expected iterations with commas between, like 0,500"
-            )
-        super().__post_init__()
-
-    def model_config(self, vocab_size):
-        own = {field.name: getattr(self, field.name) for field in fields(GPTConfig)}
-        return GPTConfig(**{**own, 'vocab_size': vocab_size})
-
-
-# What may differ between a checkpoint and the command that resumes it: none of it changes a step that has been taken.
-FREE_TO_CHANGE = (
-    'max_iters',
-    'out_dir',
-    'init_from',
-    'log_interval',
-    'eval_interval',
-    'ckpt_interval',
-    'snapshots',
-    'device',
-    'compile',
-    'cuda_graphs',
-    'kernels',
-    'micro_batch',
-)
 PEAK_FLOPS = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12}  # dense bfloat16, from the vendor's data sheets
 MEASURED_SEQUENCES = 64  # windows of the short measurement in log.jsonl
-
-
-def run_config_file(file):
-    """Returns the names that a config file assigns. It is the user's own Python: whatever it raises is said in one line."""
-    try:
-        names = runpy.run_path(file)
-    except FileNotFoundError:
-        raise UserError(f'there is no config file {file}: config/ holds one for each arm and scale') from None
-    except (Exception, SystemExit) as error:
-        lines = [getattr(error, 'lineno', None)] + [
-            frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file
-        ]
-        raise UserError(
-            f'{file}, line {next(filter(None, lines[::-1]), "?")}: {type(error).__name__}: {error}'
-        ) from None
-    return {
-        key: value for key, value in names.items() if not key.startswith('_') and type(value) is not type(sys)
-    }
-
-
-def parse_value(text, expected):
-    """Returns the text of --key=text as the type that the setting has, or as it stands if it has no such form."""
-    if expected is str:
-        return text
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-    return int(value) if expected is int and type(value) is float and value.is_integer() else value  # 1e3
-
-
-def read_config(argv):
-    """Returns the Config of a command line: at most one config file, then --key=value. Every name must be a setting that the arm uses."""
-    types = {f.name: f.type for f in fields(Config) if f.name != 'vocab_size'}
-    files = [arg for arg in argv if not arg.startswith('--')]
-    if len(files) > 1:
-        raise UserError(
-            f'more than one config file ({", ".join(files)}): name one, and settings as --key=value'
-        )
-    given = [(file, key, value) for file in files for key, value in run_config_file(file).items()]
-    flags = [(arg, *arg[2:].partition('=')) for arg in argv if arg.startswith('--')]
-    for arg, key, equals, text in flags:
-        if not equals or [flag[1] for flag in flags].count(key) > 1:
-            raise UserError(f'{arg}: write every setting once, as --key=value')
-        given.append((arg, key, parse_value(text, types.get(key, str))))
-    values = {}
-    for where, key, value in given:
-        if key not in types:
-            near = difflib.get_close_matches(key, types, 1, 0.5)
-            raise UserError(
-                f"{where}: there is no setting '{key}'"
-                + (f", did you mean '{near[0]}'?" if near else ': python train.py --help lists them')
-            )
-        values[key] = float(value) if types[key] is float and type(value) is int else value
-        if type(values[key]) is not types[key]:
-            words = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text in quotes'}[
-                types[key]
-            ]
-            raise UserError(f'{where}: {key} is {value!r}, expected {words}, like {getattr(Config, key)!r}')
-    try:
-        config = Config(**values)
-    except UserError as error:  # it begins with the setting's name
-        place = next((f'{where}: ' for where, key, _ in given if str(error).startswith(f'{key} ')), '')
-        raise UserError(f'{place}{error}') from None
-    for name, operator in RESIDUALS.items():
-        idle = [
-            key
-            for key in operator.settings
-            if key in values and key not in RESIDUALS[config.residual].settings
-        ]
-        if idle:
-            raise UserError(
-                f"{idle[0]} does nothing where residual is '{config.residual}': it belongs to '{name}'"
-            )
-    config.out_dir = config.out_dir or f'out/{Path(files[0]).stem if files else config.residual}'
-    return config
-
-
-class World:
-    """The processes of one run, numbered by torchrun; one process alone is a world of size 1."""
-
-    def __init__(self, device):
-        self.rank, self.size, local = (
-            int(os.environ.get(name, default))
-            for name, default in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0))
-        )
-        gpus = torch.cuda.device_count()
-        self.device = f'cuda:{local}' if device == 'cuda' or device == 'auto' and gpus else 'cpu'
-        if self.device != 'cpu':
-            if local >= gpus:
-                raise UserError(
-                    f'device={device}, but PyTorch sees {gpus} GPUs for {local + 1} or more processes on this machine: use --device=cpu, or fewer processes'
-                )
-            torch.cuda.set_device(self.device)
-        if self.size > 1 and not dist.is_initialized():
-            dist.init_process_group('gloo' if self.device == 'cpu' else 'cpu:gloo,cuda:nccl')
-
-    def sum(self, tensor):
-        if self.size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def any(self, flag):
-        """True on all processes if it is on one. On the CPU, so that nobody waits for a GPU."""
-        return bool(self.sum(torch.tensor(float(flag)))) if self.size > 1 else flag
-
-    @staticmethod
-    def leave():
-        """To be called at the end of a run, once nothing refers to its DDP: PyTorch 2.11 aborts now and then if that outlives the processes' group."""
-        if dist.is_initialized():
-            gc.collect()
-            dist.destroy_process_group()
-
-    def share(self, config):
-        """Returns how many sequences this process has of every step, and how many it puts through the model at once."""
-        n = config.batch_size
-        if n % self.size:
-            raise UserError(
-                f'batch_size = {n} cannot be shared by {self.size} processes: it can by {", ".join(str(k) for k in range(1, n + 1) if n % k == 0)}'
-            )
-        mine = n // self.size
-        micro_batch = min(config.micro_batch or mine, mine)
-        if mine % micro_batch:
-            raise UserError(
-                f'micro_batch = {micro_batch} does not divide the {mine} sequences that each of {self.size} processes has of batch_size = {n}'
-            )
-        return mine, micro_batch
+# In float16 a step whose gradients overflow is skipped, and the scale of the loss halved. After so many in
+# a row the scale is far below 1: it is not the scale that is wrong.
+OVERFLOWS_IN_A_ROW = 30
 
 
 def open_data(config, world):
-    """Returns {'train': Tokens, 'val': Tokens} and the dataset's meta. The demo's data is made here if it is missing."""
+    """Returns {'train': Tokens, 'val': Tokens} and the dataset's meta. The demo's data is made here if it is
+    missing."""
     folder = dataset_folder(config.dataset)
     if config.dataset == 'pysource_demo' and not (folder / 'train.bin').exists():
         if world.rank == 0:
@@ -279,12 +54,10 @@ def open_data(config, world):
             prepare.main(prepare.DEMO)
         world.any(False)  # the others wait
     meta = read_meta(folder)
-    return {
-        split: Tokens(
-            folder, split, config.block_size, meta['vocab_size'], meta['eot'] if config.bos else None
-        )
-        for split in ('train', 'val')
-    }, meta
+    first_token = meta['eot'] if config.bos else None
+    splits = ('train', 'val')
+    sizes = (config.block_size, meta['vocab_size'], first_token)
+    return {split: Tokens(folder, split, *sizes) for split in splits}, meta
 
 
 def make_optimizer(model, config):
@@ -307,162 +80,231 @@ def learning_rate(it, config):
     return low + (config.lr - low) * (1 + math.cos(math.pi * progress)) / 2
 
 
+class Smoothed:
+    """A mean that forgets: the first value at once, since it holds compiling and warming up, the others
+    slowly."""
+
+    def __init__(self):
+        self.value, self.count = 0.0, 0
+
+    def add(self, value):
+        weight = max(0.1, 1 / max(1, self.count))
+        self.value += weight * (value - self.value)
+        self.count += 1
+
+
+class Pace:
+    """The clocks of a run: of the stretch of steps since the last line on the console or the last pause; of
+    all steps since the last line of log.jsonl; and smoothed, for the time left. Evaluating and saving are
+    pauses."""
+
+    def __init__(self):
+        self.begin, self.steps = time.perf_counter(), 0
+        self.logged_steps, self.logged_seconds = 0, 0.0
+        self.seconds_per_step, self.seconds_per_pause = Smoothed(), Smoothed()
+
+    def stretch(self):
+        """Ends a stretch. Returns its steps and seconds, and begins the next."""
+        now = time.perf_counter()
+        steps, seconds = self.steps, now - self.begin
+        self.begin, self.steps = now, 0
+        self.logged_steps += steps
+        self.logged_seconds += seconds
+        if steps:
+            self.seconds_per_step.add(seconds / steps)
+        return steps, seconds
+
+    def since_last_log(self):
+        """Returns the steps and seconds since this was last asked."""
+        answer = self.logged_steps, self.logged_seconds
+        self.logged_steps, self.logged_seconds = 0, 0.0
+        return answer
+
+    @contextmanager
+    def pause(self):
+        self.stretch()
+        begin = self.begin
+        yield
+        self.begin = time.perf_counter()
+        self.seconds_per_pause.add(self.begin - begin)
+
+    def time_left(self, steps, pauses):
+        """Returns how long so many steps and pauses take, as minutes and seconds."""
+        seconds = steps * self.seconds_per_step.value + pauses * self.seconds_per_pause.value
+        minutes, seconds = divmod(round(seconds), 60)
+        return f'{minutes}m{seconds:02d}s'
+
+
 class Run:
     """One training run: the model, its optimizer, its data and its folder."""
 
     def __init__(self, config):
-        self.config, self.world = config, World(config.device)
-        self.mine, self.micro_batch = self.world.share(config)
+        self.world = World(config.device)
+        self.device = self.world.device
+        self.own_sequences, self.micro_batch = self.world.share(config)
+        self.dtype = precision(config, self.device)
         self.tokens, meta = open_data(config, self.world)
-        self.fixed_starts = {
-            split: tokens.fixed_starts(max(config.eval_sequences, MEASURED_SEQUENCES))
-            for split, tokens in self.tokens.items()
-        }
-        self.out = Path(config.out_dir)
-        cuda = self.world.device != 'cpu'
-        self.dtype = config.dtype if config.dtype != 'auto' else 'bfloat16' if cuda else 'float32'
-        if config.compile and cuda:
-            import_module(
-                'torch._inductor.async_compile'
-            )  # its worker processes come up while the model is made
-        torch.manual_seed(config.seed)
         self.config = config = replace(config, vocab_size=meta['vocab_size'])
-        self.model = GPT(config.model_config(meta['vocab_size'])).to(self.world.device)
-        self.optimizer = make_optimizer(self.model, config)
-        self.step_model = self.model_for_steps()
-        self.graphs = config.compile and config.cuda_graphs and cuda
-        if config.compile:
-            self.compile_parts()
-        # fewer, larger exchanges: results/h100/buckets.json
-        self.wrapped = (
-            DistributedDataParallel(self.step_model, gradient_as_bucket_view=True, bucket_cap_mb=100)
-            if self.world.size > 1
-            else self.step_model
-        )
+        count = max(config.eval_sequences, MEASURED_SEQUENCES)
+        self.fixed_starts = {split: tokens.fixed_starts(count) for split, tokens in self.tokens.items()}
+        self.folder = RunFolder(config.out_dir, writes=self.world.rank == 0, say=self.say)
+        self.wandb = None
+        self.make_model()
         self.constants = {
             'model_args': asdict(self.model.config),
             'config': asdict(config),
             'data_sha256': meta.get('sha256'),
         }
         self.iter_num, self.val_loss, self.best_val_loss = 0, math.inf, math.inf
-        self.broken = torch.zeros(
-            (), device=self.world.device
-        )  # becomes 1 at the first gradient that is not finite, and stays
-        self.good_steps = torch.zeros((), device=self.world.device)  # steps before that
-        self.lock = None
-        self.newest_is_whole = True  # ckpt.pt, that is: what cannot be read is not kept as ckpt_prev.pt
-        self.optimizer.found_inf = self.broken  # fused AdamW leaves the weights alone while this is 1
+        self.first = 0  # the iteration at which this process took the run up
+        self.is_logged = False  # whether that iteration stands in the log already
+        self.snapshots = {int(part) for part in config.snapshots.split(',') if part}
+        self.lines_due = [it for it in range(config.max_iters + 1) if self.is_due(it)]
+
+    def make_model(self):
+        """Makes the model, what the training step makes of it, and the optimizer."""
+        config, is_cuda = self.config, self.world.device_type == 'cuda'
+        self.compiled, sentence = wants_compile(config, self.world.device_type)
+        if sentence:
+            self.say(sentence)
+        self.graphs = self.compiled and config.cuda_graphs and is_cuda
+        if self.compiled and is_cuda:
+            # The compiler's worker processes come up while the model is made.
+            import_module('torch._inductor.async_compile')
+        torch.manual_seed(config.seed)
+        self.model = GPT(config.model_config()).to(self.device)
+        self.step_model = self.model_for_steps()
+        if self.compiled:
+            self.compile_parts()
+        self.wrapped = self.step_model
+        if self.world.size > 1:
+            # fewer, larger exchanges: results/h100/buckets.json
+            self.wrapped = DistributedDataParallel(
+                self.step_model, gradient_as_bucket_view=True, bucket_cap_mb=100
+            )
+        self.optimizer = make_optimizer(self.model, config)
+        self.scaler = torch.amp.GradScaler(self.world.device_type, enabled=self.dtype == 'float16')
+        # Fused AdamW leaves the weights alone while found_inf is 1.
+        self.optimizer.found_inf = torch.zeros((), device=self.device)
+        self.overflows = torch.zeros((), device=self.device)  # steps in a row whose gradients are not finite
+        self.broken = torch.zeros((), device=self.device)  # becomes 1 when those are too many, and stays
+        self.good_steps = torch.zeros((), device=self.device)  # steps before that
 
     def model_for_steps(self):
-        """The model as the training step runs it: through kernels.py if that applies, and else as it stands."""
-        if (
-            not self.config.kernels
-            or self.dtype != 'bfloat16'
-            or self.world.device == 'cpu'
-            or self.config.residual == 'baseline'
-        ):
+        """Returns the model as the training step runs it: through the kernels if they apply, else as it
+        stands."""
+        applies = self.dtype == 'bfloat16' and self.world.device_type == 'cuda'
+        if not self.config.kernels or not applies or self.config.residual == 'baseline':
             return self.model
         try:
             from speed.kernels import fast
         except ImportError:  # kernels.py was deleted, or there is no Triton
             return self.model
         fast_model = fast(self.model)
-        self.say(
-            'the ledger update runs through kernels.py'
-            if fast_model
-            else f'kernels.py is left out: it does not compute this {self.config.residual}, or not on this GPU'
-        )
+        if fast_model:
+            self.say('the ledger update runs through kernels.py')
+        else:
+            self.say(
+                f'kernels.py is left out: it does not compute this {self.config.residual}, or not on this GPU'
+            )
         return fast_model or self.model
 
     def compile_parts(self):
-        """Compiles the step's model in parts, each kind of sublayer once: unrolled, all of them take twice as long. The measured model stays as it is."""
-        how = {
-            'fullgraph': True,
-            'dynamic': False,
-            'options': {'triton.cudagraphs': True} if self.graphs else None,
-        }
-        torch._dynamo.config.recompile_limit = max(
-            64, 4 * len(self.model.sublayers)
-        )  # an operator may be another in every sublayer
-        torch._dynamo.config.optimize_ddp = (
-            False  # it would cut the parts up; their gradients come one part after another as it is
-        )
+        """Compiles the step's model in parts, each kind of sublayer once: unrolled, all of them take twice
+        as long. The measured model stays as it is."""
+        options = {'triton.cudagraphs': True} if self.graphs else None
+        how = {'fullgraph': True, 'dynamic': False, 'options': options}
+        # An operator may be another one in every sublayer.
+        torch._dynamo.config.recompile_limit = max(64, 4 * len(self.model.sublayers))
+        # It would cut the parts up; their gradients come one part after another as it is.
+        torch._dynamo.config.optimize_ddp = False
         self.step_model = twin(self.step_model)
         for sublayer in self.step_model.sublayers:
             sublayer.compile(**how)
-        self.step_model.start, self.step_model.cross_entropy = (
-            torch.compile(part, **how) for part in (self.step_model.start, self.step_model.cross_entropy)
-        )
+        self.step_model.start = torch.compile(self.step_model.start, **how)
+        self.step_model.cross_entropy = torch.compile(self.step_model.cross_entropy, **how)
 
     def begin_pass(self):
-        """To be called before what no longer needs anything of an earlier pass: CUDA graphs use its memory again."""
+        """To be called before what no longer needs anything of an earlier pass: CUDA graphs use its memory
+        again."""
         if self.graphs:
             torch.compiler.cudagraph_mark_step_begin()
 
     def autocast(self):
-        return (
-            torch.autocast(self.world.device.split(':')[0], torch.bfloat16)
-            if self.dtype == 'bfloat16'
-            else nullcontext()
-        )
+        if self.dtype == 'float32':
+            return nullcontext()
+        return torch.autocast(self.world.device_type, getattr(torch, self.dtype))
 
     def windows(self, split, starts):
         """Returns inputs and targets on the device, without waiting for the copy."""
         pair = self.tokens[split].windows(starts)
-        return (
-            pair
-            if self.world.device == 'cpu'
-            else [t.pin_memory().to(self.world.device, non_blocking=True) for t in pair]
-        )
+        if self.world.device_type != 'cuda':
+            return [t.to(self.device) for t in pair]
+        return [t.pin_memory().to(self.device, non_blocking=True) for t in pair]
 
     def micro_batches(self, it):
         """Yields inputs and targets of step `it`, as much at once as this process puts through the model."""
-        starts = self.tokens['train'].training_starts(self.config.seed, it, self.config.batch_size)[
-            self.world.rank * self.mine :
-        ][: self.mine]
-        for i in range(0, self.mine, self.micro_batch):
-            yield self.windows('train', starts[i : i + self.micro_batch])
+        starts = self.tokens['train'].training_starts(self.config.seed, it, self.config.batch_size)
+        own = starts[self.world.rank * self.own_sequences :][: self.own_sequences]
+        for i in range(0, len(own), self.micro_batch):
+            yield self.windows('train', own[i : i + self.micro_batch])
 
     def step(self):
-        """One update of the weights. Returns the mean loss of this process's sequences and the commit rates, still on the device."""
+        """Takes one step. Returns the mean loss of this process's sequences and the commit rates, on the
+        device."""
         for group in self.optimizer.param_groups:
             group['lr'] = learning_rate(self.iter_num, self.config)
-        share, total = self.micro_batch / self.mine, 0
+        share, total = self.micro_batch / self.own_sequences, 0
         self.begin_pass()
         for i, (x, y) in enumerate(self.micro_batches(self.iter_num), 1):
-            with (
-                nullcontext()
-                if i * self.micro_batch == self.mine or self.world.size == 1
-                else self.wrapped.no_sync()
-            ):  # gradients are exchanged once a step
+            is_last = i * self.micro_batch == self.own_sequences
+            # Processes exchange their gradients once a step, at its last backward pass.
+            keeps_to_itself = self.world.size > 1 and not is_last
+            with self.wrapped.no_sync() if keeps_to_itself else nullcontext():
                 with self.autocast():
                     objective, loss, commit_rate = self.wrapped(x, y)
-                (objective * share).backward()
+                self.scaler.scale(objective * share).backward()
             total = total + torch.cat([loss.detach()[None], commit_rate.detach()]) * share
+        self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
-        self.broken.copy_(torch.maximum(self.broken, (~norm.isfinite()).float()))
-        self.good_steps += 1 - self.broken
+        self.note_overflow(~norm.isfinite())
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.scaler.update()
         self.iter_num += 1
         return total
 
-    def check_finite(self, first):
-        """Waits for the device. Raises if a gradient was not finite at some step since `first`; no weight has changed since then."""
+    def note_overflow(self, overflow):
+        """Keeps the weights as they are if this step's gradients are not finite, without waiting for the
+        device. overflow: a bool on the device. In float16 it may be the scale of the loss that is too
+        large."""
+        allowed = OVERFLOWS_IN_A_ROW if self.dtype == 'float16' else 1
+        overflow = overflow.float()
+        self.overflows.copy_((self.overflows + overflow) * overflow)
+        self.broken.copy_(torch.maximum(self.broken, (self.overflows >= allowed).float()))
+        self.good_steps += 1 - self.broken
+        self.optimizer.found_inf.copy_(torch.maximum(self.broken, overflow))
+
+    def check_finite(self):
+        """Waits for the device. Raises if the gradients were not finite at some step; no weight has changed
+        since."""
         if self.broken.item():
-            it = first + int(self.good_steps.item())
+            it = self.first + int(self.good_steps.item())
             raise UserError(
-                f'step {it} is not finite, first in {self.first_not_finite(it)}; no weight has changed since, and the checkpoints in {self.out} are from '
-                'before it: start again with a lower --lr in another --out_dir'
+                f'step {it} is not finite, first in {self.first_not_finite(it)}; no weight has changed '
+                f'since, and the checkpoints in {self.folder.path} are from before it: start again with a '
+                'lower --lr in another --out_dir'
             )
 
     def first_not_finite(self, it):
-        """Takes step `it` again, uncompiled, without an update. Returns the name of what is first not finite, in the order of computing."""
+        """Takes step `it` again, uncompiled, without an update. Returns the name of what is first not
+        finite, in the order of computing."""
         found = []
 
         def watch(name):
             def hook(module, args, output):
-                if not all(x.isfinite().all() for x in tree_leaves(output) if torch.is_tensor(x)):
+                tensors = [x for x in tree_leaves(output) if torch.is_tensor(x)]
+                if not all(x.isfinite().all() for x in tensors):
                     found.append(f'the output of {name}' if name else 'the loss')
 
             return hook
@@ -470,51 +312,59 @@ class Run:
         handles = [module.register_forward_hook(watch(name)) for name, module in self.model.named_modules()]
         for x, y in self.micro_batches(it):
             with self.autocast():
-                self.model(x, y)[0].backward()
+                objective = self.model(x, y)[0]
+            self.scaler.scale(objective).backward()
         for handle in handles:
             handle.remove()
-        found += [
-            f'the gradient of {name}'
-            for name, p in reversed(list(self.model.named_parameters()))
-            if p.grad is not None and not p.grad.isfinite().all()
-        ]
+        for name, p in reversed(list(self.model.named_parameters())):
+            if p.grad is not None and not p.grad.isfinite().all():
+                found.append(f'the gradient of {name}')
         return found[0] if found else 'a gradient of another process'
 
     def losses(self, split):
-        """Returns the loss on the first eval_sequences fixed windows and the commit rate of each sublayer, as one list."""
-        starts, n = self.fixed_starts[split][: self.config.eval_sequences], self.micro_batch
+        """Returns the loss on the first eval_sequences fixed windows and the commit rate of each sublayer,
+        as one list."""
+        starts, size = self.fixed_starts[split][: self.config.eval_sequences], self.micro_batch
+        # MPS has no float64.
+        device = 'cpu' if self.world.device_type == 'mps' else self.device
         total = 0
-        for i in range(0, len(starts), n * self.world.size):
-            chunk = starts[i + n * self.world.rank :][:n]
-            model = self.step_model if len(chunk) == n else self.model  # the compiled graph has one shape
+        for i in range(0, len(starts), size * self.world.size):
+            own = starts[i + size * self.world.rank :][:size]
+            weight = len(own) / len(starts)
+            if not len(own):
+                own = starts[:1]  # of no weight: a process that has no window left keeps step with the others
+            # The compiled graph has one shape, and one mode: evaluating in it spares a second compilation.
+            model = self.step_model if len(own) == size else self.model
             self.begin_pass()
-            with (
-                torch.set_grad_enabled(self.config.compile),
-                self.autocast(),
-            ):  # and one mode: evaluating in it spares a second compilation
-                _, loss, commit_rate = model(*self.windows(split, chunk if len(chunk) else starts[:1]))
-            total = total + torch.cat([loss.detach()[None], commit_rate.detach()]).double() * (
-                len(chunk) / len(starts)
-            )
+            with torch.set_grad_enabled(self.compiled), self.autocast():
+                _, loss, commit_rate = model(*self.windows(split, own))
+            values = torch.cat([loss.detach()[None], commit_rate.detach()])
+            total = total + values.to(device).double() * weight
         return self.world.sum(total).tolist()
 
     def streams(self):
-        """Returns the short measurement of every stream on the fixed windows, in the precision of training."""
+        """Returns the short measurement of every stream on the fixed windows, in the precision of training;
+        None on all processes but the first."""
         starts, statistics = self.fixed_starts['val'][:MEASURED_SEQUENCES], Statistics(topk=3)
-        with self.autocast():
-            mine = starts[self.world.rank :: self.world.size]
-            batch_size = at_once(self.world.device, self.config.block_size)
-            collect(self.model, window_batches(self.tokens['val'], mine, batch_size), statistics)
+        own = starts[self.world.rank :: self.world.size]
+        batches = window_batches(self.tokens['val'], own, at_once(self.device, self.config.block_size))
+        if self.world.device_type == 'mps':
+            collect(copy.deepcopy(self.model).cpu(), batches, statistics)  # MPS has no float64
+        else:
+            with self.autocast():
+                collect(self.model, batches, statistics)
         if self.world.size > 1:
             parts = [None] * self.world.size
             dist.all_gather_object(parts, {name: total.cpu() for name, total in statistics.sums.items()})
             statistics.sums = {name: sum(part[name] for part in parts if part) for name in parts[0]}
-        return training_record(statistics)
+        return training_record(statistics) if self.world.rank == 0 else None
 
     def evaluate(self):
         """Returns a line of log.jsonl but for the speed of training."""
-        (train_loss, *_), (self.val_loss, *commit_rate) = self.losses('train'), self.losses('val')
+        train_loss, *_ = self.losses('train')
+        self.val_loss, *commit_rate = self.losses('val')
         begin = time.perf_counter()
+        stream_precision = 'bfloat16' if self.config.bf16_streams else 'float32'
         return {
             'iter': self.iter_num,
             'tokens': self.iter_num * self.config.batch_size * self.config.block_size,
@@ -522,253 +372,241 @@ class Run:
             'val_loss': self.val_loss,
             'lr': learning_rate(self.iter_num, self.config),
             'commit_rate': commit_rate,
-            'precision': f'{self.dtype} autocast, {"bfloat16" if self.config.bf16_streams else "float32"} streams',
+            'precision': f'{self.dtype} autocast, {stream_precision} streams',
             'streams': self.streams(),
             'streams_s': round(time.perf_counter() - begin, 3),
         }
 
-    def write(self, name, **more):
-        """Writes a checkpoint of the weights and `more`."""
-        size = sum(p.numel() * p.element_size() for p in self.model.parameters()) * (
-            3 if 'optimizer' in more else 1
-        )
-        with (
-            writing(self.out / name, f', which needs about {size:,} bytes'),
-            atomic_write(self.out / name) as file,
-        ):
-            torch.save(
-                {
-                    'model': self.model.state_dict(),
-                    'iter_num': self.iter_num,
-                    'val_loss': self.val_loss,
-                    **self.constants,
-                    **more,
-                },
-                file,
+    def record(self, pace):
+        """Evaluates, and says so in log.jsonl and on the console. Raises if a loss is not finite."""
+        self.check_finite()
+        line = {**self.evaluate(), **self.speed(*pace.since_last_log())}
+        self.folder.log(line)
+        self.to_wandb(line)
+        losses = f'train loss {line["train_loss"]:.4f} | val loss {line["val_loss"]:.4f}'
+        self.say(f'iter {self.iter_num:6d}/{self.config.max_iters} | {losses}')
+        self.refuse_infinite_loss(line['train_loss'] + line['val_loss'])
+
+    def refuse_infinite_loss(self, loss):
+        if not math.isfinite(loss):
+            raise UserError(
+                f'the loss is not finite at iteration {self.iter_num}, and nothing of it was saved: '
+                f'a checkpoint in {self.folder.path} is from before it: start again with a lower --lr in '
+                'another --out_dir'
             )
 
-    def save(self, planned=True):
-        """Writes ckpt.pt and, if it was planned and is the best so far, ckpt_best.pt; what was ckpt.pt becomes ckpt_prev.pt."""
+    def report(self, losses, pace):
+        """Says on the console how the last steps went. losses: what the last of them returned."""
+        it, config = self.iter_num, self.config
+        loss, *commit_rate = (self.world.sum(losses) / self.world.size).tolist()
+        self.check_finite()
+        steps, seconds = pace.stretch()
+        ms, speed = 1000 * seconds / steps, self.speed(steps, seconds)
+        lr, mfu = learning_rate(it - 1, config), speed['mfu']
+        commit = sum(commit_rate) / len(commit_rate) if commit_rate else None
+        pauses = len(self.lines_due) - bisect_right(self.lines_due, it)
+        self.say(
+            f'iter {it:6d}/{config.max_iters} | loss {loss:.4f} | lr {lr:.2e} | {ms:.0f} ms | '
+            f'{speed["tokens_per_s"] / 1e3:,.1f}k tok/s | mfu {"n/a" if mfu is None else f"{mfu:.1%}"} | '
+            f'commit {"n/a" if commit is None else f"{commit:.3f}"} | '
+            f'left {pace.time_left(config.max_iters - it, pauses)}'
+        )
+        self.to_wandb({'iter': it, 'loss': loss, 'lr': lr, 'ms': ms, 'commit': commit, **speed})
+
+    def weights(self):
+        """Returns what every checkpoint holds."""
+        return {
+            'model': self.model.state_dict(),
+            'iter_num': self.iter_num,
+            'val_loss': self.val_loss,
+            **self.constants,
+        }
+
+    def save(self, planned):
+        """Writes ckpt.pt and, if it was planned and is the best so far, ckpt_best.pt. What is best depends
+        on no signal. A checkpoint that was not planned has no evaluation to take its loss from."""
+        self.check_finite()
+        if not planned:
+            self.val_loss = self.losses('val')[0]
+            self.refuse_infinite_loss(self.val_loss)
+        if self.world.rank > 0:
+            return
         if planned and self.val_loss < self.best_val_loss:
             self.best_val_loss = self.val_loss
-            self.write('ckpt_best.pt')
-        self.write('ckpt_new.pt', optimizer=self.optimizer.state_dict(), best_val_loss=self.best_val_loss)
-        if (self.out / 'ckpt.pt').exists() and self.newest_is_whole:
-            os.replace(self.out / 'ckpt.pt', self.out / 'ckpt_prev.pt')
-        os.replace(self.out / 'ckpt_new.pt', self.out / 'ckpt.pt')
-        self.newest_is_whole = True
-
-    def open_folder(self):
-        """Makes out_dir this run's own, and starts in it or goes on from its newest whole checkpoint. Returns whether this iteration is in the log."""
-        if (self.out / 'lock').exists():
-            self.take_lock()
-        found = [self.out / name for name in ('ckpt.pt', 'ckpt_prev.pt') if (self.out / name).exists()]
-        if found and self.config.init_from == 'scratch':
-            raise UserError(
-                f'{self.out} holds a run already: go on with --init_from=resume, or name another --out_dir'
-            )
-        if not found and self.config.init_from == 'resume':
-            raise UserError(
-                f'there is no checkpoint in {self.out} to resume: start without --init_from=resume'
-            )
-        self.take_lock()
-        for path in found:
-            try:
-                self.restore(load_checkpoint(path), path)
-                break
-            except DamagedCheckpoint as error:
-                if path == found[-1] and self.config.init_from == 'resume':
-                    raise
-                self.say(f'{error}')
-                self.newest_is_whole = False
-        if self.world.rank > 0:
-            return False
-        lines = [line for line in read_log(self.out / 'log.jsonl') if line['iter'] <= self.iter_num > 0]
-        with (
-            writing(self.out / 'log.jsonl'),
-            atomic_write(self.out / 'log.jsonl', 'w') as file,
-        ):  # lines past the checkpoint go: their steps will be taken again
-            file.writelines(json.dumps(line) + '\n' for line in lines)
-        return any(line['iter'] == self.iter_num for line in lines)
-
-    def take_lock(self):
-        """Keeps other runs out of out_dir until this process ends, however it ends."""
-        if self.world.rank > 0 or self.lock:
-            return
-        with writing(self.out):
-            self.out.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.out / 'lock', 'a')
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f'another run is writing to {self.out}: wait for it, or name another --out_dir'
-                ) from None
+            self.folder.write('ckpt_best.pt', self.weights())
+        state = {'optimizer': self.optimizer.state_dict(), 'scaler': self.scaler.state_dict()}
+        self.folder.save({**self.weights(), **state, 'best_val_loss': self.best_val_loss})
 
     def restore(self, checkpoint, path):
-        """Puts the state of a checkpoint in place, unless it is damaged or belongs to another run than this one's config describes."""
-        old, new = (
-            {**c['config'], **c['model_args'], 'data_sha256': c.get('data_sha256')}
-            for c in (checkpoint, self.constants)
-        )
-        changed = {
-            key: f'{key} {old.get(key)!r} → {value!r}' for key, value in new.items() if old.get(key) != value
-        }
-        refused = [text for key, text in changed.items() if key not in FREE_TO_CHANGE]
+        """Puts the state of a checkpoint in place, unless it is damaged or belongs to another run than this
+        one's config describes."""
+        changed = differences(checkpoint, self.constants, asdict(Config()))
+        free = [*FREE_TO_CHANGE]
+        if self.constants['data_sha256'] and 'data_sha256' not in changed:
+            free.append('dataset')  # the same data in another place
+        refused = [text for setting, text in changed.items() if setting not in free]
         if refused:
             raise UserError(
-                f'{path} belongs to another run ({", ".join(refused)}): give it those settings, or name another --out_dir'
+                f'{path} belongs to another run ({", ".join(refused)}): give it those settings, or name '
+                'another --out_dir'
             )
         build_model(checkpoint, path)  # says what is wrong with the weights, before anything is replaced
-        try:
-            parameters = [p for group in self.optimizer.param_groups for p in group['params']]
-            saved = checkpoint['optimizer']['state']
-            state = {
-                i: {name: saved[i][name].contiguous() for name in ('step', 'exp_avg', 'exp_avg_sq')}
-                for i in range(len(parameters))
-            }
-            whole = all(
-                x.isfinite().all()
-                and x.shape == (() if name == 'step' else p.shape)  # fused AdamW itself checks nothing
-                for i, p in enumerate(parameters)
-                for name, x in state[i].items()
-            )
-            it, val_loss, best = (
-                checkpoint['iter_num'],
-                checkpoint['val_loss'] + 0.0,
-                checkpoint['best_val_loss'] + 0.0,
-            )
-            whole = whole and type(it) is int and it >= 0
-        except (KeyError, TypeError, AttributeError, IndexError):
-            whole = False
-        if not whole:
-            raise DamagedCheckpoint(
-                f'{path} lacks what a resume needs, or its optimizer belongs to another model: use ckpt_prev.pt beside it, or start again'
-            )
+        state = resumable(checkpoint, self.optimizer, path)
         self.model.load_state_dict(checkpoint['model'])
-        self.optimizer.load_state_dict(
-            {'state': state, 'param_groups': self.optimizer.state_dict()['param_groups']}
+        self.optimizer.load_state_dict(state)
+        if checkpoint.get('scaler'):
+            self.scaler.load_state_dict(checkpoint['scaler'])
+        self.iter_num = self.first = checkpoint['iter_num']
+        self.val_loss, self.best_val_loss = checkpoint['val_loss'], checkpoint['best_val_loss']
+        self.say(', '.join([f'resuming {path} at iteration {self.iter_num}', *changed.values()]))
+
+    def open(self):
+        """Starts in out_dir, or goes on from its newest whole checkpoint."""
+        self.folder.open(self.config.init_from, self.restore)
+        self.is_logged = self.world.any(self.folder.cut_log(self.iter_num))
+        if self.config.wandb and self.world.rank == 0:
+            self.wandb = open_wandb(self.config, self.say)
+        own = self.own_sequences // self.micro_batch
+        self.say(
+            f'{self.config.out_dir}: {self.config.residual}, {self.model.num_params() / 1e6:.1f}M '
+            f'parameters, {self.dtype}, {self.world}, {self.config.batch_size} sequences of '
+            f'{self.config.block_size} tokens a step as {self.world.size} × {own} × {self.micro_batch}'
         )
-        self.iter_num, self.val_loss, self.best_val_loss = it, val_loss, best
-        self.say(f'resuming {path} at iteration {it}' + ''.join(f', {text}' for text in changed.values()))
+
+    def is_planned(self, it):
+        """Whether a checkpoint is written at an iteration, if it is reached."""
+        return it % self.config.ckpt_interval == 0 or it == self.config.max_iters
+
+    def is_due(self, it):
+        """Whether there is a line of log.jsonl at an iteration: at 0, at powers of two, and with every
+        checkpoint."""
+        is_power_of_two = it & (it - 1) == 0
+        at_interval = it % self.config.eval_interval == 0
+        return at_interval or is_power_of_two or self.is_planned(it) or it in self.snapshots
 
     def say(self, text):
         if self.world.rank == 0:
-            print(text, flush=True)
+            machine.say(text)
 
-    def log(self, line):
-        if self.world.rank == 0:
-            with writing(self.out / 'log.jsonl'), open(self.out / 'log.jsonl', 'a') as file:
-                file.write(json.dumps(line) + '\n')
-                file.flush()
-                os.fsync(file.fileno())  # before the checkpoint that relies on it
+    def to_wandb(self, line):
+        if self.wandb:
+            self.wandb.log(dict(flat(line)), step=line['iter'])
 
     def speed(self, steps, seconds):
-        """Returns tokens/s over all processes, and their share of the GPUs' bfloat16 peak or None where that is not known."""
+        """Returns tokens/s over all processes, and their share of the GPUs' bfloat16 peak. The share is
+        None where the peak is not known."""
         rate = steps * self.config.batch_size * self.config.block_size / seconds
-        name = torch.cuda.get_device_name() if self.world.device != 'cpu' else ''
+        name = torch.cuda.get_device_name() if self.world.device_type == 'cuda' else ''
         peak = next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
-        return {
-            'tokens_per_s': round(rate),
-            'mfu': peak and round(rate * self.model.flops_per_token() / (peak * self.world.size), 4),
-        }
+        mfu = peak and round(rate * self.model.flops_per_token() / (peak * self.world.size), 4)
+        return {'tokens_per_s': round(rate), 'mfu': mfu}
 
 
-def console_line(it, config, loss, commit_rate, ms, tokens_per_s, mfu):
-    left = round((config.max_iters - it) * ms / 1000)
-    commit, mfu = (
-        f'{sum(commit_rate) / len(commit_rate):.3f}' if commit_rate else 'n/a',
-        'n/a' if mfu is None else f'{mfu:.1%}',
-    )
-    return (
-        f'iter {it:6d}/{config.max_iters} | loss {loss:.4f} | lr {learning_rate(it - 1, config):.2e} | {ms:.0f} ms | {tokens_per_s / 1e3:,.1f}k tok/s | '
-        f'mfu {mfu} | commit {commit} | left {left // 60}m{left % 60:02d}s'
-    )
+def open_wandb(config, say):
+    """Returns a run of Weights & Biases, or None if there can be none: training needs no other program."""
+    try:
+        import wandb
+
+        return wandb.init(project=config.wandb, name=Path(config.out_dir).name, config=asdict(config))
+    except ImportError:
+        say(f'--wandb={config.wandb}: wandb is not installed (pip install wandb), the run goes on without it')
+    except Exception as error:  # no account, no network
+        say(f'--wandb={config.wandb}: {first_line(error)}; the run goes on without it')
+
+
+def flat(value, name=''):
+    """Yields ('streams/C/norm/3', number) for every number in a nest of dicts and lists."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            yield from flat(entry, f'{name}/{key}' if name else key)
+    elif isinstance(value, list):
+        for i, entry in enumerate(value):
+            yield from flat(entry, f'{name}/{i}')
+    elif isinstance(value, int | float):
+        yield name, value
+
+
+def catch_signals():
+    """Returns a list to which signals are added as they come, to be acted on when a step is whole. A signal
+    that was ignored when this process started, as nohup ignores SIGHUP, stays so."""
+    received = []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: received.append(number))
+    return received
 
 
 def train(config):
+    """Trains to the end or until a signal comes, and exits with the signal's status then."""
     run = Run(config)
-    world, logged = run.world, run.world.any(run.open_folder())
-    first, snapshots = run.iter_num, {int(part) for part in config.snapshots.split(',') if part}
-    received = []  # signals, as they come; acted on when a step is whole
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: received.append(number))
-    run.say(
-        f'{config.out_dir}: {config.residual}, {run.model.num_params() / 1e6:.1f}M parameters, {run.dtype}, {world.size} processes on {world.device}, '
-        f'{config.batch_size} sequences of {config.block_size} tokens a step as {world.size} × {run.mine // run.micro_batch} × {run.micro_batch}'
-    )
-    clock, steps = time.perf_counter(), 0  # since the last line on the console
-    trained = [0, 0.0]  # steps and seconds since the last evaluation
-    while True:
-        it, stopping = run.iter_num, world.any(bool(received))
-        saving = it > first and (it % config.ckpt_interval == 0 or it == config.max_iters)
-        if (saving or it in snapshots or it % config.eval_interval == 0 or it & (it - 1) == 0) and not (
-            logged and it == first
-        ):
-            run.check_finite(first)
-            trained = [trained[0] + steps, trained[1] + time.perf_counter() - clock]
-            line = run.evaluate()
-            run.log({**line, **run.speed(*trained)})
-            run.say(
-                f'iter {it:6d}/{config.max_iters} | train loss {line["train_loss"]:.4f} | val loss {line["val_loss"]:.4f}'
-            )
-            clock, steps, trained = time.perf_counter(), 0, [0, 0.0]
-        if it in snapshots and world.rank == 0:
-            run.write(f'ckpt_{it}.pt')
-        if saving or stopping and it > first:
-            run.check_finite(first)
-            run.val_loss = run.val_loss if saving else run.losses('val')[0]
-            if world.rank == 0:
-                run.save(planned=saving)
-        if stopping or it >= config.max_iters:
-            break
-        losses = run.step()
-        steps += 1
-        if run.iter_num % config.log_interval == 0 or run.iter_num == first + 1:
-            loss, *commit_rate = (world.sum(losses) / world.size).tolist()
-            run.check_finite(first)
-            seconds = time.perf_counter() - clock
-            run.say(
-                console_line(
-                    run.iter_num,
-                    config,
-                    loss,
-                    commit_rate,
-                    1000 * seconds / steps,
-                    **run.speed(steps, seconds),
-                )
-            )
-            clock, steps, trained = time.perf_counter(), 0, [trained[0] + steps, trained[1] + seconds]
+    try:
+        run.open()
+        received = catch_signals()
+        is_stopped = take_steps(run, received)
+    finally:
+        run.folder.release()
     run.wrapped = None
     World.leave()
-    if stopping and it < config.max_iters:
-        number = received[0] if received else signal.SIGTERM
-        run.say(
-            f'stopped by {signal.Signals(number).name} after iteration {it}: go on with --init_from=resume'
-        )
+    out, it = run.folder.path, run.iter_num
+    if is_stopped and it < config.max_iters:
+        number = received[0] if received else signal.SIGTERM  # another process may have received it
+        name = signal.Signals(number).name
+        run.say(f'stopped by {name} after iteration {it}: go on with --init_from=resume')
         sys.exit(128 + number)
-    run.say(f'done: val loss {run.val_loss:.4f}; next: python measure.py --ckpt {config.out_dir}')
+    said = f'done: val loss {run.val_loss:.4f}'
+    if it == run.first:
+        said = f'{out} has taken its {it} steps already, and trains on with a larger --max_iters'
+    run.say(f'{said}; next: python measure.py --ckpt {out}')
+
+
+def take_steps(run, received):
+    """Takes the steps that are left, evaluates and saves between them. received: a list of signals. Returns
+    whether one of them, on any process, ended it."""
+    config, pace, first = run.config, Pace(), run.first
+    while True:
+        it, is_stopped = run.iter_num, run.world.any(bool(received))
+        is_new = it > first
+        is_planned = is_new and run.is_planned(it)
+        is_save = is_planned or is_new and is_stopped
+        is_line = run.is_due(it) and (is_new or not run.is_logged)
+        is_snapshot = it in run.snapshots
+        if is_line or is_snapshot or is_save:
+            with pace.pause():
+                if is_line:
+                    run.record(pace)
+                if is_snapshot and run.world.rank == 0:
+                    run.folder.write(f'ckpt_{it}.pt', run.weights())
+                if is_save:
+                    run.save(is_planned)
+        if is_stopped or it >= config.max_iters:
+            return is_stopped
+        losses = run.step()
+        pace.steps += 1
+        if run.iter_num % config.log_interval == 0 or run.iter_num == first + 1:
+            run.report(losses, pace)
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if {'-h', '--help'} & set(argv):
-        sources = ''.join(inspect.getsource(kind).partition('    def ')[0] for kind in (GPTConfig, Config))
-        print(__doc__ + '\n' + sources)
+        machine.say(__doc__ + '\n' + help_text())
         return
     try:
         train(read_config(argv))
     except UserError as error:
         sys.exit(f'error: {error}')
+    except KeyboardInterrupt:
+        sys.exit('error: stopped before the first step: nothing was written')
     except torch.cuda.OutOfMemoryError:
         sys.exit(
-            'error: the GPU has too little memory for this micro_batch: lower it with --micro_batch, the run stays the same'
+            'error: the GPU has too little memory for this micro_batch: lower it with --micro_batch, the run '
+            'stays the same'
         )
     except RuntimeError as error:
         if not dist.is_initialized() or not re.search('gloo|NCCL|[Cc]onnection', str(error)):
             raise
         sys.exit(
-            f'error: another process of this run is gone ({str(error).splitlines()[0][:120]}): go on with --init_from=resume'
+            f'error: another process of this run is gone ({first_line(error)}): go on with --init_from=resume'
         )
 
 

@@ -20,3 +20,4 @@ eval_interval = 300
 eval_sequences = 128
 ckpt_interval = 600
 compile = False  # it would take longer than it saves
+init_from = 'auto'  # the same command again goes on where it was stopped

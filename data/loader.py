@@ -9,6 +9,8 @@ Token files: from `data/<name>/{train,val}.bin` and `meta.json` to batches.
   in a signal.
 """
 
+import machine  # noqa: F401
+
 import hashlib
 import json
 import os

@@ -2,6 +2,8 @@
 are at hand.
 """
 
+import machine  # noqa: F401
+
 from pathlib import Path
 
 import pytest

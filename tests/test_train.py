@@ -193,24 +193,35 @@ def test_a_flag_has_the_last_word_over_the_file_and_the_file_over_the_default(tm
     'given, sentence',
     [  # given: a command line, or the text of a config file
         (['--n_layers=2'], "there is no setting 'n_layers', did you mean 'n_layer'?"),
+        (['--lrate=1e-3'], "--lrate=1e-3: there is no setting 'lrate', did you mean 'lr'?"),
+        (['--learning_rate', '1e-3'], "there is no setting 'learning_rate', did you mean 'lr'?"),
+        (['--gradient_accumulation_steps=4'], "did you mean 'micro_batch'?"),
+        (['--wandb_log=True'], "did you mean 'wandb'?"),
+        (['--warmup=3'], "did you mean 'warmup_iters'?"),
+        (['--vocab_size=99'], "there is no setting 'vocab_size'"),
         (['--qqq=2'], "there is no setting 'qqq': python train.py --help lists them"),
         (['--n_layer=two'], "n_layer is 'two', expected a whole number"),
         (['--n_layer=2.5'], 'n_layer is 2.5, expected a whole number'),
         (['--lr=fast'], "lr is 'fast', expected a number"),
-        (['--compile=1'], 'compile is 1, expected True or False'),
-        (['--compile=true'], "compile is 'true', expected True or False"),
+        (['--compile=1'], "compile is 1, expected True, False or 'auto'"),
+        (['--compile=true'], "--compile=true: compile is 'true': expected one of auto, True, False"),
         (['--n_layer'], 'as --key=value'),
+        (['--n_layer', '--lr=1'], '--n_layer has no value'),
+        (['--n_embd=100'], '--n_embd=100: n_embd = 100 is not divisible by n_head = 12'),
+        (['--beta2=1.0'], '--beta2=1.0: beta2 is 1.0: expected a number below 1'),
         (['--lr=1', '--lr=2'], 'every setting once'),
         (['one.py', 'two.py'], 'more than one config file (one.py, two.py)'),
         (['nowhere.py'], 'no config file nowhere.py'),
         (['--gate_rank=8'], "gate_rank does nothing where residual is 'baseline': it belongs to 'ledger'"),
         (['--decode_gamma=0.0'], 'decode_gamma does nothing'),
         ('commit_sparsity = 0.02', 'commit_sparsity does nothing'),
-        ('n_layers = 2', "mine.py: there is no setting 'n_layers', did you mean 'n_layer'?"),
-        ("n_layer = '2'", "mine.py: n_layer is '2', expected a whole number"),
-        ('n_layer = 2.0', 'mine.py: n_layer is 2.0, expected a whole number'),
-        ('compile = 0', 'mine.py: compile is 0, expected True or False'),
-        ('dataset = 3', 'mine.py: dataset is 3, expected text in quotes'),
+        ('n_layers = 2', "mine.py, line 1: there is no setting 'n_layers', did you mean 'n_layer'?"),
+        ("n_layer = '2'", "mine.py, line 1: n_layer is '2', expected a whole number"),
+        ('n_layer = 2.0', 'mine.py, line 1: n_layer is 2.0, expected a whole number'),
+        ('compile = 0', "mine.py, line 1: compile is 0, expected True, False or 'auto'"),
+        ('dataset = 3', 'mine.py, line 1: dataset is 3, expected text in quotes'),
+        ('lr = 1\n# twice\nlr = -1', 'mine.py, line 3: lr is -1.0: expected a number of 0 or more'),
+        ('from math import inf as lr', 'mine.py: lr is inf: expected'),
         ('lr = 1\n\nn_layer = (2', 'mine.py, line 3: SyntaxError'),
         ('lr = 1\nn_layer = 1 // 0', 'mine.py, line 2: ZeroDivisionError'),
         ('import sys\nsys.exit()', 'mine.py, line 2: SystemExit'),
@@ -266,7 +277,8 @@ def test_importing_trains_nothing_and_help_prints_every_setting_with_its_default
     assert capsys.readouterr().out == ''
     train.main(['--help'])
     printed = capsys.readouterr().out
-    assert all(f'    {field.name}: ' in printed for field in fields(Config))
+    declared = {field.name for field in fields(Config)} - {'vocab_size'}
+    assert all(f'    {name}: ' in printed for name in declared) and 'vocab_size: ' not in printed
     assert 'lr: float = 3e-4' in printed and 'def ' not in printed
 
 
@@ -328,9 +340,9 @@ def test_a_step_is_adamw_with_clipped_gradients_on_the_windows_of_its_seed_and_n
         weight_decay=0.3,
     )
     trained = load(run(dataset, tmp_path / 'out', **settings) / 'ckpt.pt')['model']
-    config = Config(**{**TINY, **settings})
+    config = Config(**{**TINY, **settings}, vocab_size=257)
     torch.manual_seed(5)
-    model, tokens = GPT(config.model_config(257)), data.loader.Tokens(dataset, 'train', 16, 257)
+    model, tokens = GPT(config.model_config()), data.loader.Tokens(dataset, 'train', 16, 257)
     m, v = ([torch.zeros_like(p) for p in model.parameters()] for _ in range(2))
     for it in range(3):
         gradients = torch.autograd.grad(
@@ -359,7 +371,7 @@ def test_the_loss_goes_down(straight, arm):
 
 @every_arm
 def test_exactly_matrices_and_embeddings_decay(arm):
-    model = GPT(Config(**{**TINY, **ARMS[arm]}, qk_norm=True).model_config(257))
+    model = GPT(Config(**{**TINY, **ARMS[arm]}, qk_norm=True, vocab_size=257).model_config())
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     matrices = {
         f'{name}.weight'
@@ -376,8 +388,8 @@ def test_exactly_matrices_and_embeddings_decay(arm):
 
 @every_arm
 def test_with_decay_all_every_parameter_decays(arm):
-    config = Config(**{**TINY, **ARMS[arm]}, qk_norm=True, weight_decay=0.3, decay_all=True)
-    model = GPT(config.model_config(257))
+    config = Config(**{**TINY, **ARMS[arm]}, qk_norm=True, weight_decay=0.3, decay_all=True, vocab_size=257)
+    model = GPT(config.model_config())
     groups = make_optimizer(model, config).param_groups
     assert sum(len(group['params']) for group in groups) == len(list(model.parameters()))
     assert {group['weight_decay'] for group in groups} == {0.3}
