@@ -260,6 +260,7 @@ def resumable(checkpoint, optimizer, path):
     if this or anything else that a resume needs is missing: fused AdamW checks nothing, and would write
     past the end of a tensor that is too small."""
     parameters = [p for group in optimizer.param_groups for p in group['params']]
+    now = optimizer.state_dict()
     state = {}
     try:
         losses = (checkpoint['val_loss'], checkpoint['best_val_loss'])
@@ -268,7 +269,9 @@ def resumable(checkpoint, optimizer, path):
             raise ValueError('iter_num')
         for i, parameter in enumerate(parameters):
             saved = checkpoint['optimizer']['state'][i]
-            state[i] = {name: saved[name].contiguous() for name in ('step', 'exp_avg', 'exp_avg_sq')}
+            # AdamW's comes with its first step; another optimizer has made its own by now.
+            names = now['state'].get(i, ('step', 'exp_avg', 'exp_avg_sq'))
+            state[i] = {name: saved[name].contiguous() for name in names}
             for name, value in state[i].items():
                 shape = () if name == 'step' else parameter.shape
                 if value.shape != shape or not value.isfinite().all():
@@ -278,7 +281,7 @@ def resumable(checkpoint, optimizer, path):
             f'{path} lacks what a resume needs, or its optimizer belongs to another model: '
             'use ckpt_prev.pt beside it, or start again'
         ) from None
-    return {'state': state, 'param_groups': optimizer.state_dict()['param_groups']}
+    return {'state': state, 'param_groups': now['param_groups']}
 
 
 def add_run_arguments(parser, sequences, writes):

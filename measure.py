@@ -44,6 +44,8 @@ Vemula 2026, arXiv 2606.20743; [Z] Sun, Canziani, LeCun, Zhu 2026, arXiv 2603.05
 2410.10781.
 """
 
+import machine  # noqa: F401
+
 import argparse
 import json
 import math

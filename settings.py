@@ -17,8 +17,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple, get_args
 
+from arms import arm_settings
 from data.loader import UserError
-from model import RESIDUALS, GPTConfig
+from model import RESIDUALS, GPTConfig, operator_of
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Config(GPTConfig):
     grad_clip: float = 1.0  # largest L2 norm of all gradients together
     seed: int = 1337  # of the weights and of the windows
     # the record
-    out_dir: str = ''  # '': out/<name of the config file, or else of the residual>
+    out_dir: str = ''  # '': out/<name of the config file, or of the residual>_<arm>
     init_from: str = 'scratch'  # 'resume' goes on from out_dir's checkpoint; 'auto' does if there is one
     log_interval: int = 10  # steps between lines on the console
     eval_interval: int = 500  # steps between lines in log.jsonl; also at 0, at powers of two and at the end
@@ -252,27 +253,37 @@ def read_command_line(argv, settings):
 
 def read_config(argv):
     """Returns the Config of a command line: at most one config file, then settings. Every setting must be
-    one that the arm uses, or the arm of the config file that it stands in."""
+    one that its arm uses: for a config file that is the file's own arm."""
     known = {field.name: field for field in fields(Config) if field.name != 'vocab_size'}
     file, from_file, from_flags = read_command_line(argv, known)
-    given = {**from_file, **from_flags}
+    config = make_config({**from_file, **from_flags})
+    if from_file:
+        refuse_idle(from_file, make_config(from_file))
+    refuse_idle(from_flags, config)
+    if not config.out_dir:
+        named = [Path(file).stem] if file else [config.residual]
+        if config.arm and 'arm' not in from_file:
+            named += config.arm.split(',')
+        config.out_dir = f'out/{"_".join(named)}'
+    return config
+
+
+def make_config(given):
+    """given: {name: Given}. Returns a Config; what is not given has the default of the arm or else of
+    Config."""
+    values = {name: value for name, (value, _) in given.items()}
     try:
-        in_file = Config(**{name: value for name, (value, _) in from_file.items()})
-        config = Config(**{name: value for name, (value, _) in given.items()})
+        return Config(**{**arm_settings(values.get('arm', '')), **values})
     except UserError as error:
         if error.setting not in given:
             raise
         raise UserError(f'{given[error.setting].origin}: {error}', error.setting) from None
-    refuse_idle(from_file, in_file)
-    refuse_idle(from_flags, config)
-    config.out_dir = config.out_dir or f'out/{Path(file).stem if file else config.residual}'
-    return config
 
 
 def refuse_idle(given, config):
     """Raises UserError if a setting belongs to another residual operator than the one of `config`, which
     would not look at it."""
-    used = RESIDUALS[config.residual].settings
+    used = operator_of(config).settings
     for name, operator in RESIDUALS.items():
         for setting in operator.settings:
             if setting in given and setting not in used:

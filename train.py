@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
+from arms import arm_part
 from checkpoint import RunFolder, build_model, differences, resumable
 from data.loader import Tokens, UserError, dataset_folder, read_meta
 from measure import Statistics, at_once, collect, training_record, window_batches
@@ -182,7 +183,7 @@ class Run:
             self.wrapped = DistributedDataParallel(
                 self.step_model, gradient_as_bucket_view=True, bucket_cap_mb=100
             )
-        self.optimizer = make_optimizer(self.model, config)
+        self.optimizer = arm_part(config, 'make_optimizer', make_optimizer)(self.model, config)
         self.scaler = torch.amp.GradScaler(self.world.device_type, enabled=self.dtype == 'float16')
         # Fused AdamW leaves the weights alone while found_inf is 1.
         self.optimizer.found_inf = torch.zeros((), device=self.device)

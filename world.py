@@ -66,8 +66,8 @@ class World:
             dist.init_process_group('cpu:gloo,cuda:nccl' if self.device_type == 'cuda' else 'gloo')
         except (RuntimeError, ValueError) as error:
             raise UserError(
-                f'the {self.size} processes did not meet at {where} ({first_line(error)}): choose '
-                'another port with torchrun --master_port, or unset WORLD_SIZE if it is left over from another program'
+                f'the {self.size} processes did not meet at {where} ({first_line(error)}): choose another '
+                'port with torchrun --master_port, or unset WORLD_SIZE if another program left it over'
             ) from None
 
     def sum(self, tensor):

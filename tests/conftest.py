@@ -36,9 +36,11 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope='module')
 def one_thread():
     """Tensors of tests are so small that a second thread makes them five times slower where other work
-    has the cores.
+    has the cores, here and in the processes that a test starts.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('OMP_NUM_THREADS', '1')
+        yield
     torch.set_num_threads(threads)

@@ -39,6 +39,7 @@ import measure
 import train
 
 NAN = float('nan')
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def contents(folder='.'):
@@ -261,16 +262,9 @@ def test_a_resume_may_change_what_no_step_depends_on_and_says_so(halfway, datase
 def test_a_resume_that_contradicts_its_checkpoint_is_refused_with_the_list_of_differences(
     tmp_path, halfway, dataset
 ):
-    changes, before = (
-        dict(
-            dataset=str(shutil.copytree(dataset, tmp_path / 'other')),
-            n_layer=2,
-            seed=1,
-            residual='ledger',
-            lr=0.02,
-        ),
-        contents(halfway),
-    )
+    other = write_dataset(tmp_path / 'other', seed=7)
+    changes = dict(dataset=str(other), n_layer=2, seed=1, residual='ledger', lr=0.02)
+    before = contents(halfway)
     for some in [{key: changes[key]} for key in changes] + [changes]:
         sentence = stop(flags(**{'dataset': dataset, 'out': halfway, 'init_from': 'resume', **some}))
         assert 'ckpt.pt belongs to another run' in sentence and '\n' not in sentence
@@ -504,7 +498,10 @@ FOR_TRAINING = {  # and with what only a resume reads
     'no best_val_loss': saved(lambda c: c.pop('best_val_loss')),
 }
 DATA = {  # what is wrong with the dataset: how, and what is said
-    'odd length': (put('text/train.bin', b'abc' * 999), 'train.bin has an odd number of bytes'),
+    'odd length': (
+        put('text/train.bin', b'\x01\x00' * 999 + b'\x01'),
+        'train.bin has an odd number of bytes',
+    ),
     'big-endian': (
         tokens('train', np.ndarray.byteswap),
         'train.bin holds token id .* beyond the vocabulary .* little-endian',

@@ -52,15 +52,17 @@ TORCHRUN = [
     '--nproc_per_node=2',
     train.__file__,
 ]
+pytestmark = pytest.mark.usefixtures('one_thread')
 every_arm = pytest.mark.parametrize('arm', ARMS)
 
 
-def write_dataset(folder):
+def write_dataset(folder, seed=0):
     """A few thousand bytes of sentences that a model can learn something about. Returns the folder."""
     folder.mkdir(parents=True)
     words = 'the ledger keeps what deliberation commits and scratch is written over again'.split()
-    for split, count, seed in (('train', 6000, 0), ('val', 1500, 1)):
-        text = ' '.join(np.random.default_rng(seed).choice(words, count))[:count]
+    for split, count in (('train', 6000), ('val', 1500)):
+        rng = np.random.default_rng(seed + (split == 'val'))
+        text = ' '.join(rng.choice(words, count))[:count]
         np.frombuffer(text.encode(), dtype=np.uint8).astype('<u2').tofile(folder / f'{split}.bin')
     hashes = {
         f'{split}.bin': sha256((folder / f'{split}.bin').read_bytes()).hexdigest()
@@ -133,17 +135,6 @@ def at_step(monkeypatch, number, action):
     monkeypatch.setattr(
         train.Run, 'step', lambda run: (action(run) if run.iter_num == number else None, take(run))[1]
     )
-
-
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    """A tiny model is slower on two, here and in the processes that a test starts."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('OMP_NUM_THREADS', '1')
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -627,7 +618,10 @@ def test_two_processes_are_one(tmp_path, dataset):
         timeout=120,
     )
     assert launched.returncode == 0, launched.stderr
-    assert '2 processes on cpu, 8 sequences of 16 tokens a step as 2 × 2 × 2' in launched.stdout
+    assert (
+        '2 processes on cpu with 1 thread each, 8 sequences of 16 tokens a step as 2 × 2 × 2'
+        in launched.stdout
+    )
     one, two = log(run(dataset, tmp_path / 'one', **settings)), log(tmp_path / 'two')
     assert len(one) == len(two) == 21
     np.testing.assert_allclose(numbers(two), numbers(one), rtol=1e-5)

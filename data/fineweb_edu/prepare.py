@@ -34,7 +34,8 @@ from pathlib import Path
 import numpy as np
 
 # Run as a script, it finds the repository and not its own folder.
-sys.path[0] = str(Path(__file__).resolve().parents[2])
+if __name__ == '__main__':
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 from data.loader import GPT2_META, SHARD_HEADER, UserError, shard_tokens
 from data.progress import Progress
 from data.writer import announce, number

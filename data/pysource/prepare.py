@@ -25,7 +25,8 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 # Run as a script, it finds the repository and not its own folder.
-sys.path[0] = str(Path(__file__).resolve().parents[2])
+if __name__ == '__main__':
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 from data.loader import UserError, dataset_folder, encoding
 from data.progress import Progress
 from data.writer import number, tokenize, usable_cores, write_dataset

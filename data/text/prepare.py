@@ -37,7 +37,8 @@ from pathlib import Path
 import numpy as np
 
 # Run as a script, it finds the repository and not its own folder.
-sys.path[0] = str(Path(__file__).resolve().parents[2])
+if __name__ == '__main__':
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 from data.loader import UserError, encoding
 from data.progress import Progress
 from data.writer import tokenize, usable_cores, write_dataset

@@ -1,0 +1,1 @@
+import machine  # noqa: F401
