@@ -123,10 +123,14 @@ def same_state(one, other):
 
 
 def numbers(lines):
-    """Every number of some log lines, in order."""
+    """Every number of some log lines, in order; NaN where there is none."""
     if isinstance(lines, dict):
         lines = [lines[key] for key in sorted(lines) if key != 'precision']
-    return [x for item in lines for x in numbers(item)] if isinstance(lines, list) else [lines]
+    return (
+        [x for item in lines for x in numbers(item)]
+        if isinstance(lines, list)
+        else [math.nan if lines is None else lines]
+    )
 
 
 def at_step(monkeypatch, number, action):
@@ -635,7 +639,7 @@ def elsewhere(tmp_path, monkeypatch):
     """A data folder of the test's own, with nothing in it but prepare.py of pysource."""
     (tmp_path / 'data' / 'pysource').mkdir(parents=True)
     (tmp_path / 'data' / 'pysource' / 'prepare.py').touch()
-    monkeypatch.setattr(data.loader, '__file__', str(tmp_path / 'data' / 'loader.py'))
+    monkeypatch.setattr(data.loader, 'HERE', tmp_path / 'data')
     return tmp_path / 'data'
 
 
