@@ -1,4 +1,4 @@
-"""The specification of model.py. Its equations are written out again in numpy, float64, one sequence and one token at a time."""
+"""The specification of model.py. tests/reference.py has its equations in numpy, float64."""
 
 import math
 import os
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from reference import Reference, rms_norm
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_py
@@ -23,6 +24,7 @@ ARMS = {
     'ledger_decoding_both': dict(residual='ledger', decode_gamma=0.7),
     'attn_bias_kv': dict(residual='baseline', attn_bias_kv=True, mlp_ratio=3),
 }
+pytestmark = pytest.mark.usefixtures('one_thread')
 every_arm = pytest.mark.parametrize('arm', ARMS)
 
 
@@ -49,7 +51,8 @@ def twin(model, **changes):
 
 
 def batch(config, sequences=5):
-    """Returns tokens and targets, (sequences, block_size) each; five sequences hold every token of SMALL's vocabulary."""
+    """Returns tokens and targets, (sequences, block_size) each; five sequences hold every token of SMALL's
+    vocabulary."""
     order = torch.randperm(2 * sequences * config.block_size, generator=torch.Generator().manual_seed(1))
     return (order % config.vocab_size).view(2, sequences, config.block_size)
 
@@ -78,88 +81,16 @@ def distance(a, b):
     return np.abs(np.asarray(a) - np.asarray(b)).max()
 
 
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
-
-
-def rms_norm(x, gain):
-    return gain * x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
-
-
-def attention(u, p, config):
-    """u: (T, d), p: the sublayer's parameters by name. Each query meets its own and the earlier keys alone."""
-    n = config.n_embd // config.n_head
-    queries, keys, values = (u @ W.T for W in np.split(p['function.qkv.weight'], 3))
-    out = np.empty_like(u)
-    for t in range(len(u)):
-        for head in (slice(i, i + n) for i in range(0, config.n_embd, n)):
-            q, k = queries[t, head], keys[: t + 1, head]
-            if config.qk_norm:
-                q, k = rms_norm(q, p['function.q_norm.weight']), rms_norm(k, p['function.k_norm.weight'])
-            v = values[: t + 1, head]
-            if config.attn_bias_kv:
-                k, v = np.vstack([k, p['function.bias_k'][head]]), np.vstack([v, p['function.bias_v'][head]])
-            weights = np.exp(k @ q / math.sqrt(n))
-            out[t, head] = weights @ v / weights.sum()
-    return out @ p['function.proj.weight'].T
-
-
-def mlp(u, p, config):
-    x = u @ p['function.fc.weight'].T + p['function.fc.bias']
-    gelu = x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2
-    return gelu @ p['function.proj.weight'].T + p['function.proj.bias']
-
-
-def ledger_step(D, C, u, y, p):
-    """One token: D, C, u, y are (d,). Returns the new D, the new C and the commit gate."""
-
-    def low_rank(name, x):
-        return p[f'residual.{name}.U.weight'] @ (p[f'residual.{name}.V.weight'] @ x)
-
-    e = sigmoid(low_rank('erase_gate', u) + p['residual.erase_gate.U.bias'])
-    w = sigmoid(low_rank('write_gate', u) + p['residual.write_gate.U.bias'])
-    v = low_rank('erase_direction', u)
-    k = v / max(math.sqrt(v @ v), 1e-12)
-    D_new = (np.eye(len(D)) - np.diag(e) @ np.outer(k, k)) @ D + w * (y + low_rank('write_map', y))
-    c = sigmoid(p['residual.commit_weight'] @ u + p['residual.commit_bias'])
-    return D_new, C + c * (D_new + low_rank('commit_map', D_new)), c
-
-
-def reference(model, tokens):
-    """tokens: (T,). Returns the logits, (T, V), and per sublayer (streams by name, each (T, d); commit gate, (T, 1), or None)."""
-    config, parameters = model.config, {name: p.numpy() for name, p in model.state_dict().items()}
-    D = parameters['tok_emb.weight'][tokens] + parameters['pos_emb.weight'][: len(tokens)]
-    h, C, after = D, np.zeros_like(D), []
-    for s in range(2 * config.n_layer):
-        p = {
-            name.split('.', 2)[2]: value
-            for name, value in parameters.items()
-            if name.startswith(f'sublayers.{s}.')
-        }
-        F = (attention, mlp)[s % 2]
-        if config.residual == 'baseline':
-            h = h + F(rms_norm(h, p['norm.weight']), p, config)
-            after.append(({'h': h}, None))
-        else:
-            u = rms_norm(D + p['residual.read_scale'] * C, p['norm.weight'])
-            y = F(u, p, config)
-            D, C, c = map(np.stack, zip(*(ledger_step(*token, p) for token in zip(D, C, u, y))))
-            after.append(({'D': D, 'C': C}, c))
-    decoded = h if config.residual == 'baseline' else C + config.decode_gamma * D
-    return rms_norm(decoded, parameters['norm.weight']) @ parameters['head.weight'].T, after
-
-
 def assert_follows_the_equations(model):
     idx, _ = batch(model.config, sequences=2)
     logits, seen = observe(model, idx)
+    expected_logits, levels, gates = Reference(model).forward(idx.numpy())
     assert [sublayer.kind for sublayer in model.sublayers] == ['attn', 'mlp'] * model.config.n_layer
-    for i, tokens in enumerate(idx):
-        expected_logits, expected = reference(model, tokens.numpy())
-        assert distance(logits[i], expected_logits) < 1e-10
-        for (streams, gate), (expected_streams, expected_gate) in zip(seen, expected, strict=True):
-            assert tuple(streams) == tuple(expected_streams) == RESIDUALS[model.config.residual].streams
-            assert all(distance(streams[name][i], expected_streams[name]) < 1e-10 for name in streams)
-            assert (gate is None) if expected_gate is None else distance(gate[i], expected_gate) < 1e-10
+    assert distance(logits, expected_logits) < 1e-10
+    for (streams, gate), expected, expected_gate in zip(seen, levels[1:], gates, strict=True):
+        assert tuple(streams) == tuple(expected) == model.stream_names
+        assert all(distance(streams[name], expected[name]) < 1e-10 for name in streams)
+        assert (gate is None) if expected_gate is None else distance(gate, expected_gate) < 1e-10
 
 
 @every_arm
@@ -178,7 +109,8 @@ def test_the_erase_direction_has_length_one_until_it_is_divided_by_1e_12(length)
 
 @torch.no_grad()
 def reduced_ledger(baseline, but=None):
-    """The ledger with the baseline's weights, shut so that it is the baseline, but for the one named condition, or two."""
+    """The ledger with the baseline's weights, shut so that it is the baseline, but for the one named
+    condition, or two."""
     model = shaken(residual='ledger', decode_gamma=0.0 if but == 'γ' else 1.0)
     model.load_state_dict(baseline.state_dict(), strict=False)
     for operator in (sublayer.residual for sublayer in model.sublayers):
@@ -191,9 +123,8 @@ def reduced_ledger(baseline, but=None):
 
 
 @pytest.mark.parametrize('but', [None, 'e', 'w', 'U_g', 'c', 'γ'])
-def test_a_ledger_that_never_erases_always_writes_never_commits_and_decodes_D_is_the_baseline_and_no_other_is(
-    but,
-):
+def test_a_ledger_that_never_erases_always_writes_never_commits_and_decodes_D_is_the_baseline(but):
+    """With any one of these conditions broken it is not."""
     baseline = shaken()
     idx, _ = batch(baseline.config)
     gap = distance(observe(reduced_ledger(baseline, but), idx)[0], observe(baseline, idx)[0])
@@ -266,8 +197,12 @@ def test_a_commit_adds_the_gated_new_D_even_with_the_erase_gate_wide_open():
 def test_a_sublayer_neither_scales_nor_erases_what_is_committed():
     model = shaken(residual='ledger')
     D, C, u, y = torch.randn(4, SMALL['n_embd'], dtype=torch.float64)
+
+    def updated(C, residual):
+        return residual.update({'D': D, 'C': C}, u, y)[0]
+
     for sublayer in model.sublayers:
-        slope = torch.func.jacrev(lambda C: sublayer.residual.update({'D': D, 'C': C}, u, y)[0])(C)
+        slope = torch.func.jacrev(updated)(C, sublayer.residual)
         assert torch.equal(slope['C'], torch.eye(len(C), dtype=torch.float64))
         assert not slope['D'].any()
 
