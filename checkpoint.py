@@ -59,7 +59,7 @@ def load_checkpoint(path, weights=True):
         or not {'model', 'model_args', 'iter_num', 'config'} <= checkpoint.keys()
     ):
         raise DamagedCheckpoint(
-            f'{path} was not written by this train.py: model, model_args, iter_num or config is missing from it'
+            f'{path} was not written by this train.py: model, model_args, iter_num or config is missing'
         )
     try:
         sizes = ('residual', 'vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd')
@@ -293,7 +293,7 @@ def add_run_arguments(parser, sequences, writes):
         '--ckpt',
         nargs='+',
         required=True,
-        help='checkpoints, folders of runs, folders above them, or hf:<name>[@<revision>] of a pretrained model',
+        help='checkpoints, folders of runs, folders above them, or hf:<name>[@<revision>] if pretrained',
     )
     parser.add_argument('--data', help="dataset, a name below data/ or a path (default: the run's own)")
     parser.add_argument(
@@ -479,8 +479,8 @@ def run_data(args, path, header, split):
     is_named = args.data or args.text or args.force
     if not is_named and header.get('data_sha256') not in (None, meta.get('sha256')):
         raise UserError(
-            f'{folder} is not the data that {path} was trained on (sha256 differs), so its validation text may '
-            'have been trained on: make it as it was, or add --force'
+            f'{folder} is not the data that {path} was trained on (sha256 differs), so its validation text '
+            'may have been trained on: make it as it was, or add --force'
         )
     return data, meta, tokens
 

@@ -499,6 +499,19 @@ def headline(values, quoted_at=None):
     }
 
 
+def log_line(run, args):
+    """Measures an open run as train.py does in the course of training, on args.sequences windows.
+
+    Returns what a line of log.jsonl holds: {'iter', 'val_loss', 'streams'}. With such a line for every
+    revision of a pretrained model, its training can be read like that of a run."""
+    starts = run.tokens.fixed_starts(args.sequences, args.seed)
+    at_once = sequences_at_once(run.model, args.device, run.tokens.block_size)
+    batches = window_batches(run.tokens, starts, at_once)
+    statistics = collect(run.model, batches, Statistics(topk=3), extras=True)
+    loss = number(statistics.mean('loss')[0])
+    return {'iter': run.iter_num, 'val_loss': loss, 'streams': training_record(statistics)}
+
+
 def training_record(statistics):
     """Returns what a line of log.jsonl says of each stream: a list over the sublayers for each quantity, a
     number for what belongs to the whole stream."""

@@ -28,6 +28,7 @@ from checkpoint import OpenRun, output_folder
 from data.loader import Texts, UserError
 
 DEFAULT_BLOCK_SIZE = 1024
+STEP = re.compile(r'@(?:step|checkpoint-)(\d+)')  # how revisions, and folders of a Trainer, name a step
 TOKENS_OF_CHECK = 24  # how many tokens a model is run on when it is opened
 # The share of a change at later tokens that may show at earlier ones: experts' sums may round differently.
 CAUSAL_TOLERANCE = 1e-3
@@ -359,15 +360,22 @@ def import_transformers():
     return transformers
 
 
-def split_name(name):
-    """'hf:owner/model@revision' → ('owner/model', 'revision'); a local folder → (the folder, None)."""
+def find_model(name):
+    """name: 'hf:<owner>/<model>[@<revision>]', or a folder, whose revisions are the folders in it.
+
+    Returns three things: what transformers is to open, its revision or None, and the name in tables."""
     name = str(name).removeprefix('hf:')
     if Path(name).is_dir():
-        return name, None
+        return name, None, Path(name).resolve().name
     model, _, revision = name.partition('@')
-    if Path(model).is_dir():
-        raise UserError(f'{model} is a folder and has no revision {revision}: leave out @{revision}')
-    return model, revision or None
+    if not Path(model).is_dir():
+        return model, revision or None, name
+    folder = Path(model, revision)
+    if not folder.is_dir():
+        raise UserError(
+            f'there is no revision {revision} of {model}: of a folder, revisions are folders in it'
+        )
+    return str(folder), None, f'{Path(model).resolve().name}@{revision}'
 
 
 NOT_REACHED = (
@@ -397,9 +405,7 @@ def in_a_sentence(name):
     """Turns whatever goes wrong while transformers opens a model into one sentence."""
     try:
         yield
-    except UserError:
-        raise
-    except torch.cuda.OutOfMemoryError:
+    except (UserError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:  # transformers, its hub and the readers of files raise almost anything
         text = ' '.join(f'{type(error).__name__}: {error}'.split())
@@ -446,13 +452,12 @@ def first_token(tokenizer, bos):
 def open_run(name, args):
     """Opens a pretrained model for reading, and returns a checkpoint.OpenRun.
 
-    name: 'hf:<name>[@<revision>]' or a local folder; args: the arguments of checkpoint.add_run_arguments."""
-    model_name, revision = split_name(name)
-    label = f'{model_name}@{revision}' if revision else model_name
+    name: as find_model takes it; args: the arguments of checkpoint.add_run_arguments."""
+    source, revision, label = find_model(name)
     if not args.text:
         raise UserError(f'{label} reads text in its own tokenizer: name some with --text FILE …')
     with in_a_sentence(label):
-        hf_model, tokenizer = load_model(model_name, revision, args)
+        hf_model, tokenizer = load_model(source, revision, args)
     model = Pretrained(hf_model, args.blocks_only)
     longest = model.max_positions or args.block_size or DEFAULT_BLOCK_SIZE
     block_size = args.block_size or min(DEFAULT_BLOCK_SIZE, longest)
@@ -463,35 +468,29 @@ def open_run(name, args):
         return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
     tokens = Texts(args.text, encode, block_size, model.vocab_size, first_token(tokenizer, args.bos))
-    is_folder = Path(model_name).is_dir()
-    short_name = Path(model_name).resolve().name if is_folder else label.replace('/', '_')
-    out, suffix = output_folder(args, short_name, Path('out', short_name, 'ckpt.pt'))
-    step = re.search(r'step(\d+)', revision or '')
+    folder_name = label.replace('/', '_')
+    out, suffix = output_folder(args, folder_name, Path('out', folder_name, 'ckpt.pt'))
+    step = STEP.search(label)
     run = OpenRun(
-        name=short_name,
-        path=Path(model_name, 'config.json') if is_folder else Path(label),
+        name=folder_name,
+        path=Path(source, 'config.json') if Path(source).is_dir() else Path(label),
         model=model,
         tokens=tokens,
         meta={'tokenizer': label, 'vocab_size': model.vocab_size, 'eot': tokenizer.eos_token_id},
         data={'name': tokens.name, 'split': 'text'},
         iter_num=int(step[1]) if step else 0,
-        model_args=describe(model, revision, args.dtype, block_size),
+        model_args={
+            # by the names of model.GPTConfig where it has them
+            'architecture': type(hf_model).__name__,
+            'dtype': args.dtype,
+            'n_layer': model.n_layer,
+            'n_head': model.n_head,
+            'n_embd': model.n_embd,
+            'vocab_size': model.vocab_size,
+            'block_size': block_size,
+        },
         out=out,
         suffix=suffix,
     )
     run.encoding = tokenizer
     return run
-
-
-def describe(model, revision, dtype, block_size):
-    """Returns what a report says of a pretrained model, by the names of model.GPTConfig where it has them."""
-    return {
-        'architecture': type(model.model).__name__,
-        'revision': revision,
-        'dtype': dtype,
-        'n_layer': model.n_layer,
-        'n_head': model.n_head,
-        'n_embd': model.n_embd,
-        'vocab_size': model.vocab_size,
-        'block_size': block_size,
-    }

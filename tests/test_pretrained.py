@@ -6,6 +6,7 @@ commands, on local folders.
 
 import json
 import math
+import shutil
 import sys
 import weakref
 from dataclasses import asdict
@@ -18,6 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import checkpoint
 import measure
 import pretrained
 from data.loader import UserError
@@ -624,8 +626,20 @@ def test_a_folder_that_is_no_whole_causal_model_is_refused_in_a_sentence(folder,
     assert not Path('out').exists()
 
 
-def test_a_folder_has_no_revisions(folder):
-    assert 'llama is a folder and has no revision step3' in refusal('--ckpt', 'hf:llama@step3')
+def test_revisions_of_a_folder_are_the_folders_in_it_and_give_lines_of_a_log(folder):
+    for step in (0, 20):
+        shutil.copytree('llama', f'runs/step{step}')
+    args = measure.parse_arguments(
+        ['--ckpt', 'hf:runs@step0', 'hf:runs@step20', '--text', 'text.txt', '--block_size=16', '--device=cpu']
+    )
+    lines = [measure.log_line(run, args) for run in checkpoint.open_runs(args)]
+    assert [line['iter'] for line in lines] == [0, 20]
+    assert lines[0]['val_loss'] == lines[1]['val_loss']
+    assert len(lines[0]['streams']['h']['max_over_median']) == 2 * LAYERS
+
+
+def test_a_revision_that_a_folder_does_not_hold_is_refused(folder):
+    assert 'there is no revision step3 of llama' in refusal('--ckpt', 'hf:llama@step3')
 
 
 def test_a_pretrained_model_needs_a_text(folder):
