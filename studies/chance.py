@@ -40,11 +40,11 @@ NOISE_SEEDS = (1338, 1339, 1340)
 
 
 def lines_of(judged):
-    """judged: as verdicts.judge returns it. Returns {(claim, judged for, reading): what was found} of the
-    lines that can be judged."""
+    """judged: as verdicts.judge returns it. Returns {(claim, text, judged for, reading): what was found} of
+    the lines that can be judged."""
     return {
-        (number, row, reading): found
-        for (number, _, row), by_reading in judged.items()
+        (number, text, row, reading): found
+        for (number, text, row), by_reading in judged.items()
         for reading, found in by_reading.items()
         if any(isinstance(item, Evidence) and item.counts for item in found)
     }
@@ -89,26 +89,18 @@ def with_untrained(runs):
     return result
 
 
-def noise_stream(generator, scale, decoded, shape):
-    """scale: (dims,), of each dimension. Returns the entry of measure.json for a stream of noise."""
-    statistics = Statistics(1, REPLICATES, int(generator.integers(2**31)))
-    size = shape['sequences'], shape['tokens'], shape['dims']
-    statistics.begin(shape['sequences'], 'cpu', torch.zeros(size[:2], dtype=torch.long))
-    for s in range(shape['sublayers']):
-        x = generator.standard_normal(size, dtype=np.float32) * scale
-        statistics.add_stream('h', s, torch.from_numpy(x))
-    return stream_report(statistics, 'h', ['block'] * shape['sublayers'], decoded)
-
-
 def noise_report(generator, streams, decoded, spread, shape):
     """Returns the streams of a measure.json in which every stream is noise of its own."""
-    scales = {name: np.exp(spread * generator.standard_normal(shape['dims'])) for name in streams}
-    return {
-        'streams': {
-            name: noise_stream(generator, scale.astype(np.float32), name == decoded, shape)
-            for name, scale in scales.items()
-        }
-    }
+    size = shape['sequences'], shape['tokens'], shape['dims']
+    kinds = ['block'] * shape['sublayers']
+    statistics = Statistics(1, REPLICATES, int(generator.integers(2**31)))
+    statistics.begin(shape['sequences'], 'cpu', torch.zeros(size[:2], dtype=torch.long))
+    for name in streams:
+        scale = np.exp(spread * generator.standard_normal(shape['dims'], dtype=np.float32))
+        for s in range(shape['sublayers']):
+            x = generator.standard_normal(size, dtype=np.float32) * scale
+            statistics.add_stream(name, s, torch.from_numpy(x))
+    return {'streams': {name: stream_report(statistics, name, kinds, name == decoded) for name in streams}}
 
 
 def streams_of(arm):
@@ -120,12 +112,12 @@ def streams_of(arm):
     return ('D', 'C'), 'D' if arm == 'decode_scratch' else 'C'
 
 
-def noise_runs(spread, seed=0, shape=SHAPE):
+def noise_runs(spread, seed=0, shape=None, seeds=NOISE_SEEDS):
     """Returns {(arm, seed): run}, the whole comparison with noise in the place of every stream."""
-    generator, runs = np.random.default_rng(seed), {}
+    generator, runs, shape = np.random.default_rng(seed), {}, shape or SHAPE
     for arm, alpha in NOISE_ARMS.items():
         streams, decoded = streams_of(arm)
-        for run_seed in NOISE_SEEDS:
+        for run_seed in seeds:
             run = SimpleNamespace(
                 arm=arm, seed=run_seed, name=f'{arm}_{run_seed}', loss=0.0, alpha=alpha, decoded=decoded
             )
@@ -183,11 +175,9 @@ def main(argv=None):
     parser.add_argument('--post-hoc', action='store_true', help='as of studies.verdicts')
     args = parser.parse_args(argv)
     try:
+        groups = by_scale(runs_in(args.folder))
         noise = count(verdicts.judge(noise_runs(args.spread)))
-        report = {
-            scale: chance_report(runs, noise, args.post_hoc)
-            for scale, runs in by_scale(runs_in(args.folder)).items()
-        }
+        report = {scale: chance_report(runs, noise, args.post_hoc) for scale, runs in groups.items()}
         for scale, of_scale in report.items():
             print(f'## {scale}: chance\n\n{chance_table(of_scale)}\n')
         write_json(args.folder / 'chance.json', rounded(report))
