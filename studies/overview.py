@@ -24,8 +24,9 @@ import numpy as np
 
 from data.loader import UserError
 from figures import HEADLINES, figure
+from report import COUNTS_FROM, TIMES_UNTRAINED
 from studies.results import DOSE, SCALES, by_scale, runs_in, significant
-from studies.verdicts import COUNTS, ON_AXES_OF_D, TIMES
+from studies.verdicts import ON_AXES_OF_D
 
 SIGNATURE = ('start_token_concentration', 'persistence', 'fixed_dim_ratio', 'start_ratio')
 ALONG = {
@@ -58,7 +59,7 @@ def draw_line(axis, stream, key, color, label):
     """One stream along the depth, with hollow markers where its norm is less than a tenth of its largest."""
     norms = np.array([value_or_nan(sublayer['norm']) for sublayer in stream['sublayers']])
     values = np.array([value_or_nan(sublayer[key]) for sublayer in stream['sublayers']])
-    full = norms >= COUNTS * np.nanmax(norms)
+    full = norms >= COUNTS_FROM * np.nanmax(norms)
     depth = np.arange(len(values))
     axis.plot(depth, values, color=color, linewidth=0.8)
     axis.plot(depth[full], values[full], 'o', color=color, markersize=3, label=label)
@@ -206,7 +207,7 @@ def over_training(log, stream, key):
 
 
 def draw_onset(panels, path, key='start_ratio'):
-    """Heat maps over training and depth, with the step at which the largest reaches TIMES that of step 0."""
+    """Heat maps over training and depth. A line marks where the largest is TIMES_UNTRAINED that of step 0."""
     from matplotlib.colors import LogNorm
 
     data = [over_training(log, stream, key) for _, log, stream in panels]
@@ -217,7 +218,7 @@ def draw_onset(panels, path, key='start_ratio'):
         axes = list(axes)
         for axis, (name, log, _), x in zip(axes, panels, data):
             steps, peak = [line['iter'] for line in log], np.nanmax(x, 0)
-            reached = (step for step, v in zip(steps, peak) if v >= TIMES * peak[0])
+            reached = (step for step, v in zip(steps, peak) if v >= TIMES_UNTRAINED * peak[0])
             onset = next(reached, None)
             edges = [*steps, steps[-1] * 1.15 + 1]  # a column reaches from its step to the next
             mesh = axis.pcolormesh(edges, np.arange(len(x) + 1) - 0.5, x, norm=norm, cmap='cividis')
@@ -226,7 +227,7 @@ def draw_onset(panels, path, key='start_ratio'):
             axis.yaxis.get_major_locator().set_params(integer=True)
             axis.set(xlabel='training step', ylabel='sublayer')
             said = 'never' if onset is None else f'first at step {onset}:'
-            axis.set_title(f"{name}\n{said} {TIMES} × step 0's largest", fontsize='medium')
+            axis.set_title(f"{name}\n{said} {TIMES_UNTRAINED} × step 0's largest", fontsize='medium')
             if onset is not None:
                 axis.axvline(onset, color='white', linestyle='--', linewidth=1)
         for axis in axes[len(panels) :]:

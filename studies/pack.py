@@ -86,6 +86,26 @@ def compact_sublayer(sublayer):
     return kept
 
 
+def compact_untrained(report):
+    """Returns what is packed of a measure_0.json: of each sublayer, what a verdict or a profile is held
+    against."""
+    report = compact_measure(report)
+    kept = {
+        *PROFILE,
+        *JUDGED_AT_SUBLAYER,
+        'sublayer',
+        'kind',
+        'largest_dim',
+        'largest_start_dim',
+        'intervals',
+    }
+    for stream in report['streams'].values():
+        stream['sublayers'] = [
+            {key: value for key, value in sublayer.items() if key in kept} for sublayer in stream['sublayers']
+        ]
+    return report
+
+
 def compact_measure(report):
     """Returns what is packed of a measure.json."""
     report = without(report, ('landscape', 'landscapes'))
@@ -149,7 +169,7 @@ def compact_probe(report):
 
 COMPACT = {
     'measure.json': compact_measure,
-    'measure_0.json': compact_measure,
+    'measure_0.json': compact_untrained,
     'controls.json': compact_controls,
     'intervene.json': compact_intervene,
     'probe.json': compact_probe,

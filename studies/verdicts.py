@@ -30,24 +30,34 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import report
 from data.loader import UserError
 from figures import HEADLINES
 from studies import first_rules
-from studies.evidence import HOLDS, REPRODUCED, Evidence, Need, holds_in_all, is_below, not_counting, verdict
+from studies.evidence import (
+    HOLDS,
+    REPRODUCED,
+    Evidence,
+    Need,
+    high,
+    holds_in_all,
+    is_below,
+    low,
+    not_counting,
+    verdict,
+)
 from studies.first_rules import doses_of, matched_pairs, pairs_of
 from studies.results import by_scale, markdown, runs_in, stream_label, with_interval
 
 PILOT = (1337,)
-TIMES, RELATIVE = 3, 1.5
-MOST, COUNTS = 0.5, 0.1  # share of the sublayers that count; share of the largest norm that makes one count
+MOST = 0.5  # share of the sublayers that count
 MATCHED, DOSES = 0.01, (0, 0.02, 0.1, 0.3)
 DECODED, DEPTH, PUBLISHED = READINGS = ('decoded', 'along the depth', 'published')
 DIMENSION, START = OBJECTS = ('outlier dimension', 'start-token outlier')
 QUANTITY_OF = {DIMENSION: 'fixed_dim_ratio', START: 'start_ratio'}
-LARGEST_OF = {DIMENSION: 'largest_dim', START: 'largest_start_dim'}
+RULE_OF = {name: report.RULES[key] for key, name in report.OBJECTS.items()}
 ROTATED, SCRATCH = re.compile(r'rotated_commit(_.*)?'), re.compile(r'decode_scratch(_.*)?')
 ON_AXES_OF_D = 'C_unrotated'  # the stream of a rotated ledger that holds Qᵀ C
-NAMES = {**HEADLINES, 'relative_start_concentration': 'relative start conc.'}
 
 
 class NotMeasured(Exception):
@@ -74,7 +84,7 @@ class View:
     def counting(self):
         """Returns the sublayers where the stream's mean norm is at least a tenth of its largest."""
         norms = [sublayer['norm'] for sublayer in self.trained['sublayers']]
-        return [s for s, norm in enumerate(norms) if norm >= COUNTS * max(norms)]
+        return [s for s, norm in enumerate(norms) if norm >= report.COUNTS_FROM * max(norms)]
 
 
 def quantity(stream, key, s, post_hoc):
@@ -82,12 +92,12 @@ def quantity(stream, key, s, post_hoc):
     Raises NotMeasured if it is not there, or lacks an interval. A headline has one where it was quoted."""
     sublayer, headline = stream['sublayers'][s], stream.get(key, {})
     if key not in sublayer:
-        raise NotMeasured(f'{NAMES[key]}, measured')
+        raise NotMeasured(f'{HEADLINES[key]}, measured')
     ends = sublayer.get('intervals', {}).get(key, (None, None))
     if None in ends and headline.get('sublayer') == s:
         ends = headline['low'], headline['high']
     if sublayer[key] is not None and None in ends and not post_hoc:
-        raise NotMeasured(f'{NAMES[key]} with an interval at single sublayers')
+        raise NotMeasured(f'{HEADLINES[key]} with an interval at single sublayers')
     return {'value': sublayer[key], 'low': ends[0], 'high': ends[1]}
 
 
@@ -123,14 +133,15 @@ def has_at(view, kind, s, post_hoc):
     key = QUANTITY_OF[kind]
     after = quantity(view.trained, key, s, post_hoc)
     before = quantity(view.untrained, key, s, post_hoc)
-    numbers = f'{with_interval(after)}, untrained {with_interval(before)}'
-    answer = is_below(before, after, TIMES)
+    numbers, mark = f'{with_interval(after)}, untrained {with_interval(before)}', dagger(after, before)
+    intervals = {key: (low(after), high(after))}
     if kind == START:
         relative = relative_concentration(view, s, post_hoc)
-        answer = answer and is_below({'value': RELATIVE, 'low': None, 'high': None}, relative, 1.0)
+        intervals['relative_start_concentration'] = low(relative), high(relative)
         numbers += f'; relative start conc. {with_interval(relative)}'
-        return answer, numbers + dagger(after, before, relative)
-    return answer, numbers + dagger(after, before)
+        mark = dagger(after, before, relative)
+    rule, _ = RULE_OF[kind]
+    return rule({'intervals': intervals}, {key: high(before)}) is True, numbers + mark
 
 
 def object_in(view, kind, reading, post_hoc, wanted=True, quantity_name=None):
@@ -146,7 +157,8 @@ def object_in(view, kind, reading, post_hoc, wanted=True, quantity_name=None):
     if reading != DEPTH:
         has, numbers = answers[0]
     else:
-        largest = [view.trained['sublayers'][s][LARGEST_OF[kind]] for s in sublayers]
+        _, key = RULE_OF[kind]
+        largest = [view.trained['sublayers'][s][key] for s in sublayers]
         dimension = max(sorted(set(largest)), key=largest.count)
         there, same, among = sum(has for has, _ in answers), largest.count(dimension), len(sublayers)
         has = min(there, same) >= MOST * among
@@ -160,8 +172,8 @@ def object_in(view, kind, reading, post_hoc, wanted=True, quantity_name=None):
 def is_lower(key, lower, upper, reading, post_hoc):
     """Returns the evidence that a quantity of the View `lower` is below that of `upper`, apart."""
     condition = (
-        f'{NAMES[key]} of {lower.run.arm}: {lower.name} below that of {upper.run.arm}: {upper.name}, apart, '
-        f'{reading}'
+        f'{HEADLINES[key]} of {lower.run.arm}: {lower.name} below that of {upper.run.arm}: {upper.name}, '
+        f'apart, {reading}'
     )
     try:
         pairs = [
@@ -255,7 +267,7 @@ def rises(runs, key, reading, post_hoc):
         if len(series) == 1:
             numbers = ', '.join(with_interval(x) for x in series[0])
         mark = max((dagger(*x) for x in series), default='')
-        condition = f'{NAMES[key]} of C never falls over α = 0, 0.02, 0.1, 0.3, ends apart, {reading}'
+        condition = f'{HEADLINES[key]} of C never falls over α = 0, 0.02, 0.1, 0.3, ends apart, {reading}'
         holds = rising >= MOST * len(series) > 0
         found.append(Evidence(seed, key, condition, holds, numbers + mark))
     return found or [Need('ledgers of four doses')]
@@ -401,7 +413,7 @@ def verdict_table(judged):
     rows = []
     for (number, text, row), by_reading in judged.items():
         cells = [verdict(found, words_of(number)) for found in by_reading.values()]
-        rows.append((number, text, NAMES.get(row, row), *cells))
+        rows.append((number, text, HEADLINES.get(row, row), *cells))
     return markdown(['claim', 'is', 'judged for', *READINGS], rows)
 
 
