@@ -10,7 +10,7 @@ every token can pass. Every seed counts. studies/verdicts.py has the rules that 
 
 from figures import HEADLINES
 from studies.evidence import HOLDS, REPRODUCED, Evidence, Need, is_below, verdict
-from studies.results import DOSE, significant, with_interval
+from studies.results import DOSE, with_interval
 
 TIMES, PERSISTENT, MATCHED, FEWEST_DOSES = 3, 0.5, 0.01, 4
 SHORT = 'baseline_short'  # an arm with a shorter cosine, which ends at the loss of a ledger
@@ -208,13 +208,6 @@ def judge(runs):
 
 
 def outlier_cell(run, stream):
-    """Returns 'yes', 'no' or a dash, with the start ratio and the untrained one."""
+    """Returns 'yes', 'no' or a dash where nobody knows."""
     has = has_outlier(run, stream)
     return '–' if has is None else 'yes' if has else 'no'
-
-
-def ratio_cell(run, stream):
-    """Returns the start ratio and that of the untrained weights."""
-    before = run.untrained['streams'][stream]['start_ratio'] if run.untrained else {'value': None}
-    after = run.measure['streams'][stream]['start_ratio']
-    return f'{with_interval(after)}; {significant(before["value"], 3)}'
