@@ -404,12 +404,14 @@ def test_what_is_not_utf8_or_empty_or_no_file_is_left_out_and_counted(tmp_path, 
     put(tmp_path / 'root' / 'latin.py', '# é'.encode('latin-1'))
     put(tmp_path / 'root' / 'empty.py', b'')
     put(tmp_path / 'root' / 'notes.txt', b'no source')
+    put(tmp_path / 'root' / 'SETUP.PY', b'shouted = True')
+    contents['SETUP.PY'] = b'shouted = True'
     (tmp_path / 'root' / 'vanished.py').symlink_to(tmp_path / 'nowhere')
     (tmp_path / 'root' / 'loop').symlink_to(tmp_path / 'root')
     os.mkfifo(tmp_path / 'root' / 'pipe.py')
     splits = run(tmp_path / 'root', tmp_path / 'out')
     assert sorted(splits['train'] + splits['val']) == sorted(contents.values())
-    assert 'left out: 1 empty, 1 not UTF-8, 2 unreadable' in capsys.readouterr().out
+    assert 'left out: 1 empty, 1 linked folder, 1 not UTF-8, 2 unreadable' in capsys.readouterr().out
 
 
 def test_the_limit_takes_documents_in_the_order_of_their_hash(tmp_path):

@@ -45,7 +45,7 @@ def shard(ids, magic=20240520, version=1, count=None):
 class Server(ThreadingHTTPServer):
     """Serves shards on loopback.
 
-    answers[name] is what goes wrong, one request after the other: a status, 'drop' (half of what is asked for),
+    answers[name] is what goes wrong, one request after the other: a status, 'drop' (half of what is asked),
     'corrupt …', or None for what is right; the last one holds for all requests that follow."""
 
     daemon_threads = True

@@ -7,8 +7,8 @@ The dataset that needs no download: the Python source that lies beside the inter
 files → documents without copies → near-copies on one side → token ids → train.bin, val.bin, meta.json.
 
 The bytes written depend on nothing but the contents and names of the files: not on where they lie, on the
-order in which the file system lists them, or on the number of workers. The workers are threads, since reading,
-hashing and tiktoken let go of the interpreter's lock.
+order in which the file system lists them, or on the number of workers. The workers are threads, since
+reading, hashing and tiktoken let go of the interpreter's lock.
 """
 
 import argparse
@@ -51,28 +51,35 @@ OFTEN_MISSING = {
 SITE_FOLDERS = {'site-packages', 'dist-packages'}
 
 
-def python_files(folder, skip=()):
-    """Yields the path of every .py file under the folder, in any order. Links to folders are not followed."""
-    for where, folders, names in os.walk(folder):
+def python_files(folder, left_out, skip=()):
+    """Yields the path of every .py file under the folder, in any order.
+
+    Folders that cannot be read, and links to folders, which are not followed, are counted in left_out."""
+
+    def cannot_list(error):
+        left_out['unreadable folder'] += 1
+
+    for where, folders, names in os.walk(folder, onerror=cannot_list):
         folders[:] = set(folders).difference(skip)
-        yield from (os.path.join(where, name) for name in names if name.endswith('.py'))
+        left_out['linked folder'] += sum(os.path.islink(os.path.join(where, name)) for name in folders)
+        yield from (os.path.join(where, name) for name in names if name.lower().endswith('.py'))
 
 
-def sources(args):
+def sources(args, left_out):
     """Returns the paths of the files asked for, and a phrase for meta.json that names no folder."""
     for root in args.root or ():
         if not os.path.isdir(root):
             raise UserError(f'--root {root} is not a folder: expected one that holds Python files')
     if args.root:
-        paths = [path for root in args.root for path in python_files(root)]
+        paths = [path for root in args.root for path in python_files(root, left_out)]
         return paths, 'Python source of folders given by --root'
     library, version = sysconfig.get_path('stdlib'), f'Python {platform.python_version()} standard library'
     if args.stdlib:
-        paths = python_files(library, OFTEN_MISSING | SITE_FOLDERS)
+        paths = python_files(library, left_out, OFTEN_MISSING | SITE_FOLDERS)
         return [path for path in paths if module_of(path, library) in sys.stdlib_module_names], version
-    paths = list(python_files(library, SITE_FOLDERS))
+    paths = list(python_files(library, left_out, SITE_FOLDERS))
     for folder in site.getsitepackages():
-        paths += python_files(folder)
+        paths += python_files(folder, left_out)
     return paths, f'{version} and site-packages'
 
 
@@ -96,10 +103,10 @@ def read_file(path):
     return (sha256(content).digest(), os.path.basename(path), content) if content else 'empty'
 
 
-def read_all(paths, pool):
-    """Reads files. Returns three things: {sha256: content}, every content once; the set of (sha256, name,
-    size) seen; and a Counter of what was left out."""
-    documents, seen, left_out = {}, set(), Counter()
+def read_all(paths, pool, left_out):
+    """Reads files and counts in left_out. Returns {sha256: content}, every content once, and the set of
+    (sha256, name, size) seen."""
+    documents, seen = {}, set()
     for found in shown(pool.imap_unordered(read_file, paths), len(paths), 'reading'):
         if isinstance(found, str):
             left_out[found] += 1
@@ -108,7 +115,7 @@ def read_all(paths, pool):
         left_out['duplicate'] += digest in documents
         documents[digest] = content
         seen.add((digest, name, len(content)))
-    return documents, seen, left_out
+    return documents, seen
 
 
 def groups(seen):
@@ -157,9 +164,10 @@ def prepare(args):
     begin, limit, bpe = time.time(), number('--limit', args.limit), encoding(args.tokenizer)
     if args.workers < 1:
         raise UserError(f'--workers is {args.workers}: expected at least 1')
-    paths, source = sources(args)
+    left_out = Counter()
+    paths, source = sources(args, left_out)
     with ThreadPool(args.workers) as pool:
-        documents, seen, left_out = read_all(paths, pool)
+        documents, seen = read_all(paths, pool, left_out)
         leaders = groups(seen)
         splits = {digest: split_of(leaders[digest]) for digest in first_bytes(documents, limit)}
         missing = {'train', 'val'}.difference(splits.values())
