@@ -54,23 +54,23 @@ GRACE = 30  # seconds that a process has to save and end
 
 # The published comparison at 160m, one whole seed of the published arms first; minutes on an H100.
 QUEUE = """
-baseline_160m.1338 ~14 +controls +intervene +probe
-ledger_160m.1338 ~18 +controls +intervene +probe
-ledger_hs_160m.1338 ~18 +controls
-qknorm_160m.1338 ~14 +controls
-ledger_160m.1338 --commit_sparsity=0 ~18 +controls +intervene +probe
+baseline_160m.1338 ~14 +controls +quantize +intervene +probe
+ledger_160m.1338 ~18 +controls +quantize +intervene +probe
+ledger_hs_160m.1338 ~18 +controls +quantize
+qknorm_160m.1338 ~14 +controls +quantize
+ledger_160m.1338 --commit_sparsity=0 ~18 +controls +quantize +intervene +probe
 rotated_commit_a0_160m.1338 config/ledger_160m.py --arm=rotated_commit --commit_sparsity=0 ~22 +controls
-ledger_160m.1338 --commit_sparsity=0.1 ~18 +controls
-decode_scratch_160m.1338 config/ledger_160m.py --arm=decode_scratch ~18 +controls
+ledger_160m.1338 --commit_sparsity=0.1 ~18 +controls +quantize
+decode_scratch_160m.1338 config/ledger_160m.py --arm=decode_scratch ~18 +controls +quantize
 decode_scratch_a0_160m.1338 config/ledger_160m.py --arm=decode_scratch --commit_sparsity=0 ~18 +controls
-baseline_wide_160m.1338 config/baseline_160m.py --arm=baseline_wide ~15 +controls
+baseline_wide_160m.1338 config/baseline_160m.py --arm=baseline_wide ~15 +controls +quantize
 """ + ''.join(
     f"""
-baseline_160m.{seed} ~14 +controls
-ledger_160m.{seed} ~18 +controls
-ledger_hs_160m.{seed} ~18 +controls
-qknorm_160m.{seed} ~14 +controls
-ledger_160m.{seed} --commit_sparsity=0 ~18 +controls
+baseline_160m.{seed} ~14 +controls +quantize
+ledger_160m.{seed} ~18 +controls +quantize
+ledger_hs_160m.{seed} ~18 +controls +quantize
+qknorm_160m.{seed} ~14 +controls +quantize
+ledger_160m.{seed} --commit_sparsity=0 ~18 +controls +quantize
 rotated_commit_a0_160m.{seed} config/ledger_160m.py --arm=rotated_commit --commit_sparsity=0 ~22 +controls
 """
     for seed in (1339, 1340)
