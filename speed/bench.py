@@ -1,18 +1,23 @@
 """
-How fast is it: the training step, the measurement and the loader, each by itself.
+How fast is it: the training step, several GPUs, the measurement and the loader, each by itself.
 
-    python -m speed.bench                                           the step of baseline_160m and ledger_160m, 64 × 1024 synthetic tokens
-    python -m speed.bench --scale=290m --arms=baseline,ledger,ledger/kernels=False --bf16_streams=True --out=results/bench_h200.json
-    torchrun --nproc_per_node=2 -m speed.bench --batch_size=128     the same on two GPUs
-    python -m speed.bench --what=measure                            measure.py's work against a plain float32 forward pass
-    python -m speed.bench --what=loader                             reading random windows from a sparse file of 20 GB
+    python -m speed.bench                            the step of two 160m arms, 64 × 1024 tokens
+    python -m speed.bench --scale=290m --bf16_streams=True --arms=baseline,ledger,ledger/kernels=False
+    python -m speed.bench --skip_cold_starts         without the processes that start with cold caches
+    python -m speed.bench --what=scale               on 1, 2, 4 … GPUs, 64 sequences on each: one table
+    torchrun --nproc_per_node=2 -m speed.bench --batch_size=128       one line of that table
+    python -m speed.bench --what=measure             measure.py's work against a plain float32 forward pass
+    python -m speed.bench --what=loader              reading random windows from a sparse file of 20 GB
 
-train: every arm is a Run of train.py, with config/<arm>_<scale>.py and any --key=value of train.py on top (after a slash: for one arm
-alone). Arms take turns, a few steps at a time, so that they share what the machine does meanwhile; quoted are medians over the turns.
-The tokens are random and lie on the device, unless --dataset names a set. Memory, and the seconds from the start of a process to its first finished step with cold
-compiler caches, come from a process of its own for each arm.
-loader: one process reads batches of random windows, as train.py does. A sparse file needs no disk, so this is the cost of the reading
-itself; what a disk adds shows with --file on a file much larger than memory.
+train: every arm is a Run of train.py, with config/<arm>_<scale>.py and any --key=value of train.py on
+top; settings after a slash are for one arm alone. Arms take turns, a few steps at a time, so that they
+share what the machine does meanwhile; quoted are medians over the turns. The tokens are random and lie on
+the device, unless --dataset names a set. Peak memory, and the seconds from the start of a process to its
+first finished step with cold compiler caches, come from a process of its own for each arm.
+
+loader: one process reads batches of random windows, as train.py does. A sparse file needs no disk, so
+this is the cost of the reading itself. What a disk adds shows with --file on a file much larger than
+memory.
 """
 
 import argparse
@@ -36,51 +41,69 @@ from data.loader import Tokens, UserError, atomic_write
 from measure import REPLICATES, Statistics, at_once, collect, window_batches
 from train import Run, World, read_config
 
-SEQUENCES, BLOCK_SIZE, BATCHES = 64, 1024, 10_000  # of the loader; a window has a token more than its block
+ROOT = Path(__file__).parent.parent
+SEQUENCES = 64  # a step or a batch, unless --batch_size says otherwise
+BLOCK_SIZE = 1024  # of the loader's windows, which have a token more
+BATCHES = 10_000  # that the loader reads
+WARM_UP_BATCHES = 100
+SPARSE_BYTES = 20 * 10**9
 GPU_TOKENS_PER_S = 1e6  # what an H200 may come to take in
 
 
-def resident():
-    """Returns the bytes of memory that this process holds now; where /proc is missing, the most it ever held."""
+# ---- Reading
+
+
+def resident_bytes():
+    """Returns the memory that this process holds now. Where /proc is missing, it is the most that it
+    ever held."""
     try:
         return int(Path('/proc/self/statm').read_text().split()[1]) * resource.getpagesize()
     except FileNotFoundError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+        unit = 1 if sys.platform == 'darwin' else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def token_file(args):
+    """Returns the file that --file names, or a sparse one."""
+    if args.file is None:
+        file = args.folder / 'train.bin'
+        file.touch()
+        os.truncate(file, SPARSE_BYTES)
+        return file
+    if not args.file.name.endswith('.bin'):
+        raise UserError(f'--file is {args.file}: expected a token file, like data/pysource/train.bin')
+    return args.file
 
 
 def bench_loader(args):
-    """Returns seconds of each batch as quantiles, tokens/s, the share of a step, and how memory has grown."""
-    if args.file and not args.file.name.endswith('.bin'):
-        raise UserError(f'--file is {args.file}: expected a token file, like data/pysource/train.bin')
-    file = args.file or args.folder / 'train.bin'
-    if not args.file:
-        file.touch()
-        os.truncate(file, 20 * 10**9)
+    """Returns milliseconds a batch as quantiles, tokens/s, the share of a step, and by how much memory
+    has grown."""
+    file = token_file(args)
     tokens = Tokens(file.parent, file.stem, BLOCK_SIZE, 65536)
-    seconds, memory = np.zeros(BATCHES), []
-    for step in range(-100, BATCHES):  # the first hundred warm up, and are overwritten
+    for step in range(WARM_UP_BATCHES):
+        tokens.windows(tokens.training_starts(1, step, SEQUENCES))
+    memory_before = resident_bytes()
+    ms = np.zeros(BATCHES)
+    for step in range(BATCHES):
         begin = time.perf_counter()
-        tokens.windows(tokens.training_starts(0, step % 2**32, SEQUENCES))
-        seconds[step] = time.perf_counter() - begin
-        if step in (0, BATCHES - 1):
-            memory.append(resident())
-    ms = {
-        'mean': 1e3 * seconds.mean(),
-        **{f'{q}%': 1e3 * np.quantile(seconds, q / 100) for q in (5, 50, 95, 100)},
-    }
+        tokens.windows(tokens.training_starts(0, step, SEQUENCES))
+        ms[step] = 1e3 * (time.perf_counter() - begin)
+    quantiles = {f'{q}%': round(np.quantile(ms, q / 100), 3) for q in (5, 50, 95, 100)}
+    seconds, tokens_a_batch = ms.mean() / 1e3, SEQUENCES * BLOCK_SIZE
     return {
-        'sparse': not args.file,
+        'sparse': args.file is None,
         'file_bytes': 2 * tokens.length,
         'sequences': SEQUENCES,
         'block_size': BLOCK_SIZE,
         'batches': BATCHES,
-        'ms_per_batch': {name: round(value, 3) for name, value in ms.items()},
-        'tokens_per_s': round(SEQUENCES * BLOCK_SIZE / seconds.mean()),
-        'share_of_a_step_at_1M_tokens_per_s': round(
-            seconds.mean() * GPU_TOKENS_PER_S / (SEQUENCES * BLOCK_SIZE), 4
-        ),
-        'memory_growth_bytes': memory[1] - memory[0],
+        'ms_per_batch': {'mean': round(ms.mean(), 3), **quantiles},
+        'tokens_per_s': round(tokens_a_batch / seconds),
+        'share_of_a_step_at_1M_tokens_per_s': round(seconds * GPU_TOKENS_PER_S / tokens_a_batch, 4),
+        'memory_growth_bytes': resident_bytes() - memory_before,
     }
+
+
+# ---- Training
 
 
 def synchronize(run):
@@ -98,31 +121,39 @@ def seconds_of(run, function, times=1):
     return (time.perf_counter() - begin) / times
 
 
-def start_run(args, arm):
-    """Returns the Run of one arm, 'ledger' or 'ledger/kernels=False/…'; its tokens are random unless --dataset named some."""
-    name, *own = arm.split('/')
-    synthetic = not any(setting.startswith('--dataset=') for setting in args.settings)
-    argv = [
-        f'config/{name}_{args.scale}.py',
-        *args.settings,
-        *(f'--{setting}' for setting in own),
-        f'--out_dir={args.folder}',
-    ]
-    run = Run(read_config(argv + ([f'--dataset={args.folder}'] if synthetic else [])))
-    if synthetic:
-        fixed = run.windows('train', run.tokens['train'].training_starts(0, 0, run.micro_batch))
-        run.windows = lambda split, starts: [t[: len(starts)] for t in fixed]
-    return run
-
-
 def write_tokens(folder, count=2_000_000):
-    """A set of random GPT-2 tokens: what a step costs does not depend on them."""
+    """Writes a set of random GPT-2 tokens: what a step costs does not depend on them."""
     for split in ('train', 'val'):
         np.random.default_rng(0).integers(0, 50257, count).astype('<u2').tofile(folder / f'{split}.bin')
 
 
+def is_given(settings, key):
+    return any(setting.startswith(f'--{key}=') for setting in settings)
+
+
+def with_batch_size(settings):
+    """Returns the settings of train.py, with the bench's batch_size unless they have one."""
+    return settings if is_given(settings, 'batch_size') else [*settings, f'--batch_size={SEQUENCES}']
+
+
+def start_run(args, arm):
+    """Returns the Run of one arm, 'ledger' or 'ledger/kernels=False/…'. Its tokens are random and lie on
+    the device, unless --dataset named a set."""
+    name, *own_settings = arm.split('/')
+    argv = [f'config/{name}_{args.scale}.py', *args.settings, *(f'--{s}' for s in own_settings)]
+    argv.append(f'--out_dir={args.folder}')
+    if is_given(args.settings, 'dataset'):
+        return Run(read_config(argv))
+    run = Run(read_config([*argv, f'--dataset={args.folder}']))
+    starts = run.tokens['train'].training_starts(0, 0, run.micro_batch)
+    on_device = run.windows('train', starts)
+    run.windows = lambda split, starts: [t[: len(starts)] for t in on_device]
+    return run
+
+
 def in_a_process_of_its_own(args, arm):
-    """Returns what --what=first prints: seconds from the start of the process to its first finished step, and peak memory."""
+    """Returns what --what=first prints: the seconds from the start of a process with cold compiler
+    caches to its first finished step, and its peak memory."""
     argv = [
         '--what=first',
         f'--scale={args.scale}',
@@ -131,17 +162,16 @@ def in_a_process_of_its_own(args, arm):
         *args.settings,
     ]
     with tempfile.TemporaryDirectory() as cache:
-        cold = {
-            **os.environ,
-            'TORCHINDUCTOR_CACHE_DIR': f'{cache}/inductor',
-            'TRITON_CACHE_DIR': f'{cache}/triton',
-        }
         output = subprocess.run(
             [sys.executable, '-m', 'speed.bench', *argv],
-            env=cold,
+            env={
+                **os.environ,
+                'TORCHINDUCTOR_CACHE_DIR': f'{cache}/inductor',
+                'TRITON_CACHE_DIR': f'{cache}/triton',
+            },
             capture_output=True,
             text=True,
-            cwd=Path(__file__).parent.parent,
+            cwd=ROOT,
         )
     if output.returncode:
         raise UserError(f'{arm} did not finish a step: {output.stderr.strip().splitlines()[-1]}')
@@ -154,47 +184,79 @@ def first_step(args):
     run.step()
     synchronize(run)
     seconds = time.time() - args.began
-    for _ in range(2):
-        run.step()
-    synchronize(run)
-    memory = None if run.world.device == 'cpu' else torch.cuda.max_memory_allocated()
-    print(
-        json.dumps({'first_step_s': round(seconds, 1), 'peak_memory_GB': memory and round(memory / 1e9, 2)})
-    )
+    seconds_of(run, run.step, 2)
+    memory_GB = None
+    if run.world.device != 'cpu':
+        memory_GB = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    print(json.dumps({'first_step_s': round(seconds, 1), 'peak_memory_GB': memory_GB}))
+
+
+def seconds_without_exchange(run, steps):
+    """Returns the seconds of a step that does not exchange its gradients with other processes."""
+    wrapped, run.wrapped = run.wrapped, run.step_model
+    seconds = seconds_of(run, run.step, steps)
+    run.wrapped = wrapped
+    return seconds
+
+
+def evaluation_cost(run, step_s):
+    """Returns the seconds of an evaluation, of its short measurement of the streams, and the
+    evaluation's share of the time of training at the config's eval_interval."""
+    run.evaluate()
+    evaluation_s = seconds_of(run, run.evaluate)
+    return {
+        'evaluation_s': round(evaluation_s, 3),
+        'streams_s': round(seconds_of(run, run.streams), 3),
+        'evaluation_share': round(evaluation_s / (run.config.eval_interval * step_s), 4),
+    }
+
+
+def line_of(run, ms, ms_without_exchange):
+    """Returns what the report says of one arm. ms: of each turn; ms_without_exchange: the same, empty on
+    one GPU."""
+    median = float(np.median(ms))
+    tokens = run.config.batch_size * run.config.block_size
+    speed = run.speed(1, median / 1000)
+    line = {
+        'parameters': run.model.num_params(),
+        'tokens_per_step': tokens,
+        'ms_per_step': {'median': round(median, 2), 'all': [round(x, 2) for x in ms]},
+        'tokens_per_s': speed['tokens_per_s'],
+        'TFLOP_per_s': round(1e3 * tokens / median * run.model.flops_per_token() / 1e12, 2),
+        'share_of_peak': speed['mfu'],
+    }
+    if ms_without_exchange:
+        line['waiting_for_gradients'] = round(1 - float(np.median(ms_without_exchange)) / median, 4)
+    if run.world.size == 1:
+        line |= evaluation_cost(run, median / 1000)
+    return line
+
+
+def rate_of(line):
+    """Returns an arm's tokens a millisecond."""
+    return line['tokens_per_step'] / line['ms_per_step']['median']
 
 
 def bench_train(args):
-    """Returns, for each arm, the time of train.py's step and what follows from it; the ratio is to the first arm's tokens/s."""
-    alone = int(os.environ.get('WORLD_SIZE', 1)) == 1
-    report = {arm: in_a_process_of_its_own(args, arm) if alone else {} for arm in args.arms}
-    runs, rates, ms, unshared = {}, {}, {arm: [] for arm in args.arms}, {arm: [] for arm in args.arms}
+    """Returns the time of train.py's step for each arm, and what follows from it. The ratio is that of
+    tokens/s to the first arm's."""
+    is_alone = int(os.environ.get('WORLD_SIZE', 1)) == 1
+    starts_cold = is_alone and not args.skip_cold_starts
+    report = {arm: in_a_process_of_its_own(args, arm) if starts_cold else {} for arm in args.arms}
+    runs = {}
     for arm in args.arms:
         runs[arm] = start_run(args, arm)
         seconds_of(runs[arm], runs[arm].step, 3)
+    ms = {arm: [] for arm in args.arms}
+    ms_without_exchange = {arm: [] for arm in args.arms}
     for _ in range(args.turns):
         for arm, run in runs.items():
             ms[arm].append(1e3 * seconds_of(run, run.step, args.steps))
-            if run.world.size > 1:  # the same steps without the exchange of gradients
-                wrapped, run.wrapped = run.wrapped, run.step_model
-                unshared[arm].append(1e3 * seconds_of(run, run.step, args.steps))
-                run.wrapped = wrapped
+            if run.world.size > 1:
+                ms_without_exchange[arm].append(1e3 * seconds_without_exchange(run, args.steps))
     for arm, run in runs.items():
-        tokens, median = run.config.batch_size * run.config.block_size, float(np.median(ms[arm]))
-        speed = run.speed(1, median / 1000)
-        rates[arm] = tokens / median
-        report[arm] |= {
-            'parameters': run.model.num_params(),
-            'tokens_per_step': tokens,
-            'ms_per_step': {'median': round(median, 2), 'all': [round(x, 2) for x in ms[arm]]},
-            'tokens_per_s': speed['tokens_per_s'],
-            'TFLOP_per_s': round(1e3 * rates[arm] * run.model.flops_per_token() / 1e12, 2),
-            'share_of_peak': speed['mfu'],
-            'ratio': round(rates[arm] / rates[args.arms[0]], 4),
-            'streams_s': round(seconds_of(run, run.streams), 3) if run.world.size == 1 else None,
-            'waiting_for_gradients': round(1 - float(np.median(unshared[arm])) / median, 4)
-            if unshared[arm]
-            else None,
-        }
+        report[arm] |= line_of(run, ms[arm], ms_without_exchange[arm])
+        report[arm]['ratio'] = round(rate_of(report[arm]) / rate_of(report[args.arms[0]]), 4)
     return {
         'scale': args.scale,
         'settings': args.settings,
@@ -205,61 +267,151 @@ def bench_train(args):
     }
 
 
+# ---- Several GPUs
+
+
+def process_counts(args):
+    """Returns 1, 2, 4 … up to the number of GPUs, or the counts that --processes names."""
+    if args.processes:
+        return [int(count) for count in args.processes.split(',')]
+    gpus = torch.cuda.device_count()
+    if not gpus:
+        raise UserError('--what=scale needs GPUs, or --processes=1,2 --device=cpu')
+    return [2**i for i in range(gpus.bit_length()) if 2**i <= gpus]
+
+
+def bench_on(processes, args):
+    """Returns the report of --what=train on some processes, with batch_size sequences on each."""
+    sequences = int(next(s for s in args.settings if s.startswith('--batch_size=')).split('=')[1])
+    out = args.folder / f'on_{processes}.json'
+    settings = [s for s in args.settings if not s.startswith('--batch_size=')]
+    argv = [
+        '--skip_cold_starts',
+        f'--scale={args.scale}',
+        f'--arms={",".join(args.arms)}',
+        f'--turns={args.turns}',
+        f'--steps={args.steps}',
+        f'--batch_size={processes * sequences}',
+        f'--out={out}',
+        *settings,
+    ]
+    launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+    output = subprocess.run(
+        [sys.executable, *launcher, '-m', 'speed.bench', *argv], capture_output=True, text=True, cwd=ROOT
+    )
+    if output.returncode:
+        said = [line for line in output.stderr.splitlines() if 'error' in line.lower()]
+        reason = said[0] if said else output.stderr.strip()[-200:]
+        raise UserError(f'the bench on {processes} processes failed: {reason}')
+    return json.loads(out.read_text())
+
+
+def bench_scale(args):
+    """Returns, for each arm and number of GPUs, tokens/s, and its efficiency: tokens/s a GPU over those
+    of the fewest."""
+    rows = {}
+    for processes in process_counts(args):
+        for arm, line in bench_on(processes, args)['arms'].items():
+            fewest = min((row['processes'] for row in rows.values() if row['arm'] == arm), default=processes)
+            base = rows.get(f'{arm} × {fewest}', line)
+            speed_up = rate_of(line) / rate_of(base)
+            rows[f'{arm} × {processes}'] = {
+                'arm': arm,
+                'processes': processes,
+                'tokens_per_step': line['tokens_per_step'],
+                'ms_per_step': line['ms_per_step'],
+                'tokens_per_s': line['tokens_per_s'],
+                'speed_up': round(speed_up, 3),
+                'efficiency': round(speed_up * fewest / processes, 3),
+                'waiting_for_gradients': line.get('waiting_for_gradients'),
+            }
+    return {'scale': args.scale, 'settings': args.settings, 'arms': rows}
+
+
+# ---- Measuring
+
+
+class Measuring:
+    """measure.py's work on one arm, and a plain float32 forward pass over the same sequences."""
+
+    def __init__(self, args, arm):
+        self.run = start_run(args, f'{arm}/compile=False/dtype=float32')
+        self.model = self.run.model.eval()
+        self.tokens = self.run.tokens['val']
+        self.starts = self.tokens.fixed_starts(2 * args.sequences)
+        self.batch = at_once(self.run.world.device, self.run.config.block_size)
+        self.sequences = args.sequences
+
+    def measure(self, times=1):
+        """Measures the sequences, or `times` as many."""
+        starts = self.starts[: times * self.sequences]
+        batches = window_batches(self.tokens, starts, self.batch)
+        collect(self.model, batches, Statistics(5, REPLICATES), extras=True)
+
+    @torch.no_grad()
+    def forward(self):
+        for i in range(0, self.sequences, self.batch):
+            starts = self.starts[: self.sequences][i : i + self.batch]
+            idx = self.tokens.windows(starts)[0].to(self.run.world.device)
+            self.model(idx).sum().item()
+
+    def peak_memory_GB(self, times):
+        torch.cuda.reset_peak_memory_stats()
+        self.measure(times)
+        return round(torch.cuda.max_memory_allocated() / 1e9, 3)
+
+
 def bench_measure(args):
-    """Returns the time of measure.py's work over that of a plain float32 forward pass on the same sequences, in alternation, and its memory at two counts."""
+    """Returns the time of measure.py's work over that of a plain float32 forward pass, in alternation,
+    and its memory at two numbers of sequences."""
     report = {}
     for arm in args.arms:
-        run = start_run(args, f'{arm}/compile=False/dtype=float32')
-        model, tokens, starts, cuda = (
-            run.model.eval(),
-            run.tokens['val'],
-            run.tokens['val'].fixed_starts(2 * args.sequences),
-            run.world.device != 'cpu',
-        )
-        batch = at_once(run.world.device, run.config.block_size)
-
-        def measure(count=args.sequences):
-            batches = window_batches(tokens, starts[:count], batch)
-            collect(model, batches, Statistics(5, REPLICATES), extras=True)
-
-        @torch.no_grad()
-        def forward():
-            for i in range(0, args.sequences, batch):
-                model(
-                    tokens.windows(starts[: args.sequences][i : i + batch])[0].to(run.world.device)
-                ).sum().item()
-
-        memory = []
-        for count in (args.sequences, 2 * args.sequences) if cuda else ():
-            torch.cuda.reset_peak_memory_stats()
-            measure(count)
-            memory.append(round(torch.cuda.max_memory_allocated() / 1e9, 3))
-        forward()
-        pairs = [(seconds_of(run, measure), seconds_of(run, forward)) for _ in range(args.turns)]
-        seconds = dict(
-            zip(('measure_s', 'forward_s'), (round(float(np.median(side)), 3) for side in zip(*pairs)))
-        )
+        measuring = Measuring(args, arm)
+        cuda = measuring.run.world.device != 'cpu'
+        memory = [measuring.peak_memory_GB(times) for times in (1, 2)] if cuda else None
+        measuring.forward()
+        measure_s, forward_s = [], []
+        for _ in range(args.turns):
+            measure_s.append(seconds_of(measuring.run, measuring.measure))
+            forward_s.append(seconds_of(measuring.run, measuring.forward))
         report[arm] = {
-            **seconds,
-            'ratio': round(float(np.median([m for m, _ in pairs]) / np.median([f for _, f in pairs])), 3),
+            'measure_s': round(float(np.median(measure_s)), 3),
+            'forward_s': round(float(np.median(forward_s)), 3),
+            'ratio': round(float(np.median(measure_s) / np.median(forward_s)), 3),
             'sequences': args.sequences,
-            'peak_memory_GB_at_once_and_twice_as_many': memory or None,
+            'peak_memory_GB_at_once_and_twice_as_many': memory,
         }
     return {'scale': args.scale, 'settings': args.settings, 'arms': report}
 
 
+# ---- The report
+
+COLUMNS = {
+    'first_step_s': 'first step, s',
+    'tokens_per_s': 'tokens/s',
+    'TFLOP_per_s': 'TFLOP/s',
+    'share_of_peak': 'of peak',
+    'peak_memory_GB': 'memory, GB',
+    'ratio': 'ratio',
+    'speed_up': 'speed-up',
+    'efficiency': 'efficiency',
+    'measure_s': 'measure, s',
+    'forward_s': 'forward, s',
+    'evaluation_s': 'evaluation, s',
+    'waiting_for_gradients': 'waiting',
+}
+
+
 def machine():
+    """Returns what a reader of a report wants to know of the machine and of the software."""
     cpuinfo = Path('/proc/cpuinfo')
     cpu = re.search(r'model name\s*: (.*)', cpuinfo.read_text() if cpuinfo.exists() else '')
-    commit = subprocess.run(
-        ['git', 'describe', '--always', '--dirty'],
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
+    described = subprocess.run(
+        ['git', 'describe', '--always', '--dirty'], cwd=ROOT, capture_output=True, text=True
+    )
     return {
         'date': str(date.today()),
-        'commit': os.environ.get('COMMIT') or commit,
+        'commit': os.environ.get('COMMIT') or described.stdout.strip(),
         'cpu': cpu[1] if cpu else platform.processor(),
         'cores': os.cpu_count(),
         'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -269,84 +421,84 @@ def machine():
     }
 
 
+def as_text(report):
+    """Returns a report as JSON, with lists of plain values on one line each."""
+    text = json.dumps(report, indent=1, ensure_ascii=False)
+    return re.sub(r'\[[^][{}]*\]', lambda found: ' '.join(found[0].split()), text)
+
+
+def write_report(report, out):
+    """Writes a report as JSON, unless `out` is None."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(out, 'w') as file:
+            file.write(as_text(report) + '\n')
+
+
 def print_table(arms):
-    columns = {
-        'first_step_s': 'first step, s',
-        'tokens_per_s': 'tokens/s',
-        'TFLOP_per_s': 'TFLOP/s',
-        'share_of_peak': 'of peak',
-        'peak_memory_GB': 'memory, GB',
-        'ratio': 'ratio',
-        'measure_s': 'measure, s',
-        'forward_s': 'forward, s',
-        'waiting_for_gradients': 'waiting',
-    }
-    shown = [key for key in columns if any(line.get(key) is not None for line in arms.values())]
-    print(f'{"arm":24}' + ''.join(f'{columns[key]:>14}' for key in shown))
+    shown = [key for key in COLUMNS if any(line.get(key) is not None for line in arms.values())]
+    print(f'{"arm":24}' + ''.join(f'{COLUMNS[key]:>14}' for key in shown))
     for arm, line in arms.items():
-        print(f'{arm:24}' + ''.join(f'{line.get(key) or "–":>14}' for key in shown))
+        cells = ['–' if line.get(key) is None else line[key] for key in shown]
+        print(f'{arm:24}' + ''.join(f'{cell:>14}' for cell in cells))
+
+
+KINDS = {
+    'train': bench_train,
+    'scale': bench_scale,
+    'measure': bench_measure,
+    'loader': bench_loader,
+    'first': first_step,
+}
 
 
 def bench(args):
-    what = {'train': bench_train, 'measure': bench_measure, 'loader': bench_loader, 'first': first_step}
-    if args.what not in what:
-        raise UserError(f"--what is '{args.what}': expected train, measure or loader")
+    if args.what not in KINDS:
+        raise UserError(f"--what is '{args.what}': expected train, scale, measure or loader")
     if args.what == 'loader' and args.settings:
         raise UserError(f'{args.settings[0]} does nothing for --what=loader')
-    rank = int(os.environ.get('RANK', 0))
+    args.settings = with_batch_size(args.settings)
     with tempfile.TemporaryDirectory() as folder:
         args.folder = Path(folder)
-        if args.what != 'loader':
+        if args.what in ('train', 'measure', 'first'):
             write_tokens(args.folder)
-        found = what[args.what](args)
+        found = KINDS[args.what](args)
     World.leave()
-    if not found or rank:
+    is_first_process = int(os.environ.get('RANK', 0)) == 0
+    if not found or not is_first_process:
         return
-    report = {
-        'command': shlex.join(['python', '-m', 'speed.bench', *args.argv]),
-        **found,
-        **machine(),
-        'note': args.note,
-    }
-    text = json.dumps(report, indent=2)
-    print(text)
+    command = shlex.join(['python', '-m', 'speed.bench', *args.argv])
+    report = {'command': command, **found, **machine(), 'note': args.note}
+    print(as_text(report))
     if 'arms' in report:
         print_table(report['arms'])
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(args.out, 'w') as out:
-            out.write(text + '\n')
+    write_report(report, args.out)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        description='Measures parts of a training run by themselves. Further --key=value are settings of train.py, for every arm.'
+        description='Measures parts of a training run by themselves. '
+        'Further --key=value are settings of train.py, for every arm.'
     )
-    parser.add_argument('--what', default='train', help='train (default), measure or loader')
-    parser.add_argument('--scale', default='160m', help='train, measure: which configs (default 160m)')
+    parser.add_argument('--what', default='train', help='train (default), scale, measure or loader')
+    parser.add_argument('--scale', default='160m', help='which configs (default 160m)')
     parser.add_argument(
         '--arms',
         default='baseline,ledger',
-        help='train, measure: arms with commas between; ledger/kernels=False changes a setting of one arm',
+        help='arms with commas between; ledger/kernels=False changes a setting of one arm',
     )
-    parser.add_argument(
-        '--turns', type=int, default=7, help='train, measure: how often the arms take turns (default 7)'
-    )
-    parser.add_argument('--steps', type=int, default=10, help='train: steps a turn (default 10)')
+    parser.add_argument('--turns', type=int, default=7, help='how often the arms take turns (default 7)')
+    parser.add_argument('--steps', type=int, default=10, help='steps a turn (default 10)')
+    parser.add_argument('--skip_cold_starts', action='store_true', help='no first step, no peak memory')
+    parser.add_argument('--processes', help='scale: how many, like 1,2 (default: 1, 2, 4 … GPUs)')
     parser.add_argument('--sequences', type=int, default=64, help='measure: sequences (default 64)')
+    parser.add_argument('--file', type=Path, help='loader: token file (default: a sparse one of 20 GB)')
     parser.add_argument('--began', type=float, help=argparse.SUPPRESS)
-    parser.add_argument(
-        '--file', type=Path, help='loader: token file to read (default: a sparse one of 20 GB, made for it)'
-    )
     parser.add_argument('--out', type=Path, help='JSON to write')
     parser.add_argument('--note', default='', help='what a reader should know of the machine')
-    args, args_settings = parser.parse_known_args(argv)
+    args, args.settings = parser.parse_known_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
     args.arms = args.arms.split(',')
-    given = {setting.split('=')[0] for setting in args_settings}
-    args.settings = args_settings + ['--batch_size=64'] * (
-        '--batch_size' not in given and args.what != 'loader'
-    )
     try:
         bench(args)
     except UserError as error:
