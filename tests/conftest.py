@@ -4,6 +4,7 @@ are at hand.
 
 import machine  # noqa: F401
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,13 @@ def one_thread():
         patch.setenv('OMP_NUM_THREADS', '1')
         yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def signal_handlers():
+    """train.main takes the signals of its process; here they are given back."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

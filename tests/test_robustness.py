@@ -1,6 +1,8 @@
 """Nothing lost: what a run survives, and files that cannot hurt it."""
 
 import copy
+import errno
+import fcntl
 import itertools
 import json
 import multiprocessing
@@ -20,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_train import (
+from training import (
     ARMS,
     TORCHRUN,
     at_step,
@@ -39,7 +41,7 @@ import measure
 import train
 
 NAN = float('nan')
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = pytest.mark.usefixtures('one_thread', 'signal_handlers')
 
 
 def contents(folder='.'):
@@ -80,8 +82,9 @@ def halfway(tmp_path, straight):
 
 
 def process(argv, console, moment=None, byte=None, at_byte=signal.SIG_IGN):
-    """What a process of `start` does: train.main, its console in a file. It is killed when it opens or renames a file of its run for the
-    moment-th time; it can write no file beyond `byte`, where the write fails or, with at_byte=SIG_DFL, the process is killed."""
+    """What a process of `start` does: train.main, its console in a file. It is killed when it opens or
+    renames a file of its run for the moment-th time; it can write no file beyond `byte`, where the write
+    fails or, with at_byte=SIG_DFL, the process is killed."""
     file = os.open(console, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1), os.dup2(file, 2)
     out, moments = (
@@ -103,8 +106,9 @@ def process(argv, console, moment=None, byte=None, at_byte=signal.SIG_IGN):
 
 @pytest.fixture(scope='module')
 def start(tmp_path_factory):
-    """Returns start(*arguments of process) → a process of its own that trains, forked from one that has imported torch and this file.
-    That one must not have computed anything: OpenMP's threads do not survive a fork."""
+    """Returns start(*arguments of process) → a process of its own that trains, forked from one that has
+    imported torch and this file. That one must not have computed anything: OpenMP's threads do not survive a
+    fork."""
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['test_robustness', 'torch._dynamo'])
 
@@ -166,7 +170,8 @@ def test_two_processes_that_are_terminated_or_lose_one_end_with_a_sentence_and_r
     )
 
     def launch(until, act, **more):
-        """Returns what two processes print from iteration `until` on, where act(process of the launcher) happens."""
+        """Returns what two processes print from iteration `until` on, where act(process of the launcher)
+        happens."""
         argv = [*TORCHRUN, *flags(dataset, tmp_path / 'two', **settings, **more)]
         launcher = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert any(line.startswith(f'iter {until:6d}/200 | loss') for line in launcher.stdout)
@@ -204,6 +209,72 @@ def test_a_run_goes_on_from_its_newest_checkpoint(halfway, dataset, straight, in
 
 def test_auto_starts_where_there_is_nothing(tmp_path, dataset, straight):
     assert is_the_run(run(dataset, tmp_path / 'out', init_from='auto'), straight)
+
+
+def test_the_same_command_again_goes_on_and_then_says_that_the_run_has_ended(
+    tmp_path, dataset, straight, monkeypatch, capsys
+):
+    command = flags(dataset, tmp_path / 'out', init_from='auto')
+    with monkeypatch.context() as patch:
+        at_step(patch, 12, lambda run: os.kill(os.getpid(), signal.SIGINT))
+        assert stop(command) == 128 + signal.SIGINT
+    train.main(command)
+    assert is_the_run(tmp_path / 'out', straight)
+    before = contents(tmp_path / 'out')
+    capsys.readouterr()
+    train.main(command)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert re.match('.*out has taken its 20 steps already, .*--max_iters.*python measure.py --ckpt', last)
+    assert contents(tmp_path / 'out') == before
+
+
+def test_a_resume_finds_its_data_in_another_place(tmp_path, halfway, dataset, straight, monkeypatch, capsys):
+    moved = shutil.copytree(dataset, tmp_path / 'moved')
+    monkeypatch.chdir(tmp_path)
+    run('./moved', halfway, init_from='resume')
+    assert f"dataset '{dataset}' → './moved'" in capsys.readouterr().out
+    assert is_the_run(halfway, straight) and load(halfway / 'ckpt.pt')['config']['dataset'] == './moved'
+    assert moved.exists()
+
+
+def test_a_setting_that_the_checkpoint_has_never_heard_of_had_its_default(halfway, dataset, straight):
+    checkpoint = load(halfway / 'ckpt.pt')
+    for name in ('bos', 'decay_all', 'wandb', 'arm', 'min_lr_ratio'):
+        del checkpoint['config'][name]
+    del checkpoint['model_args']['arm'], checkpoint['scaler']
+    torch.save(checkpoint, halfway / 'ckpt.pt')
+    sentence = stop(flags(dataset, halfway, init_from='resume', min_lr_ratio=0.5))
+    assert 'belongs to another run (min_lr_ratio 0.1 → 0.5)' in sentence
+    assert is_the_run(run(dataset, halfway, init_from='resume'), straight)
+
+
+@pytest.mark.parametrize('number', [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_said_and_the_run_goes_on(
+    tmp_path, dataset, monkeypatch, capsys, number
+):
+    def refuse(file, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, 'flock', refuse)
+    out = run(dataset, tmp_path / 'out', max_iters=2)
+    said = [line for line in capsys.readouterr().out.splitlines() if 'has no locks' in line]
+    assert len(said) == 1 and f'{out}' in said[0]
+    assert load(out / 'ckpt.pt')['iter_num'] == 2
+
+
+def test_a_run_whose_console_is_full_trains_on(tmp_path, dataset, straight, start):
+    child = start(flags(dataset, tmp_path / 'out'), '/dev/full')
+    child.join(120)
+    assert child.exitcode == 0 and is_the_run(tmp_path / 'out', straight)
+
+
+def test_a_run_whose_reader_is_gone_trains_on(tmp_path, dataset, straight, start):
+    os.mkfifo(tmp_path / 'console')
+    child = start(flags(dataset, tmp_path / 'out'), tmp_path / 'console')
+    with open(tmp_path / 'console') as reader:
+        assert 'parameters' in reader.readline()
+    child.join(120)
+    assert child.exitcode == 0 and is_the_run(tmp_path / 'out', straight)
 
 
 def flip(path, where):
@@ -249,7 +320,7 @@ def test_a_resume_with_another_micro_batch_is_the_same_run(halfway, dataset, str
 
 
 def test_a_resume_may_change_what_no_step_depends_on_and_says_so(halfway, dataset, capsys):
-    changes = dict(max_iters=22, log_interval=3, eval_interval=11, ckpt_interval=4, device='auto')
+    changes = dict(max_iters=22, log_interval=3, eval_interval=11, eval_sequences=8, ckpt_interval=4)
     run(dataset, halfway, init_from='resume', **changes)
     said = capsys.readouterr().out.splitlines()[0]
     assert all(

@@ -1,153 +1,47 @@
-"""The job: what a command line means, what a run leaves behind, and that it is the same run however it is cut up."""
+"""The job: what a command line means, what a run leaves behind, and that it is the same run however it is cut
+up."""
 
 import json
 import math
 import os
 import re
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import fields
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from training import (
+    ARMS,
+    TIMES,
+    TINY,
+    TORCHRUN,
+    at_step,
+    flags,
+    load,
+    log,
+    numbers,
+    recomputed,
+    run,
+    same_state,
+    stop,
+    write_dataset,
+)
 
 import data.loader
 import measure
 import train
-from checkpoint import build_model
 from data.loader import UserError
 from data.pysource import prepare
 from model import GPT
-from train import Config, World, learning_rate, make_optimizer, read_config
+from train import Config, World, learning_rate, make_optimizer
 
 ROOT = Path(train.__file__).parent
-TINY = dict(
-    n_layer=1,
-    n_head=2,
-    n_embd=16,
-    block_size=16,
-    batch_size=4,
-    max_iters=20,
-    warmup_iters=4,
-    lr=0.01,
-    eval_interval=7,
-    eval_sequences=16,
-    ckpt_interval=10,
-    compile=False,
-    device='cpu',
-)
-ARMS = {'baseline': {}, 'ledger': dict(residual='ledger', gate_rank=4)}
-TIMES = {'tokens_per_s', 'mfu', 'streams_s'}
-TORCHRUN = [
-    sys.executable,
-    '-m',
-    'torch.distributed.run',
-    '--standalone',
-    '--nproc_per_node=2',
-    train.__file__,
-]
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = pytest.mark.usefixtures('one_thread', 'signal_handlers')
 every_arm = pytest.mark.parametrize('arm', ARMS)
-
-
-def write_dataset(folder, seed=0):
-    """A few thousand bytes of sentences that a model can learn something about. Returns the folder."""
-    folder.mkdir(parents=True)
-    words = 'the ledger keeps what deliberation commits and scratch is written over again'.split()
-    for split, count in (('train', 6000), ('val', 1500)):
-        rng = np.random.default_rng(seed + (split == 'val'))
-        text = ' '.join(rng.choice(words, count))[:count]
-        np.frombuffer(text.encode(), dtype=np.uint8).astype('<u2').tofile(folder / f'{split}.bin')
-    hashes = {
-        f'{split}.bin': sha256((folder / f'{split}.bin').read_bytes()).hexdigest()
-        for split in ('train', 'val')
-    }
-    (folder / 'meta.json').write_text(
-        json.dumps({'tokenizer': 'bytes', 'vocab_size': 257, 'eot': 256, 'sha256': hashes})
-    )
-    return folder
-
-
-def flags(dataset, out, **settings):
-    return [
-        f'--{key}={value}' for key, value in {**TINY, 'dataset': dataset, 'out_dir': out, **settings}.items()
-    ]
-
-
-def run(dataset, out, **settings):
-    train.main(flags(dataset, out, **settings))
-    return out
-
-
-def stop(argv, main=train.main):
-    """Returns the status that main exits with, a sentence or a number; no frame of the stopped run stays alive, nor does its lock."""
-    try:
-        main(argv)
-    except SystemExit as error:
-        return error.code
-    pytest.fail('it went on')
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
-
-
-def log(out):
-    """The lines of log.jsonl without their times and rates."""
-    lines = [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
-    return [{key: line[key] for key in line if key not in TIMES} for line in lines]
-
-
-def equal(a, b):
-    """Whether two nests of dicts, lists, tensors and values are the same, bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, (dict, list, tuple)):
-        pairs = [(a[key], b.get(key)) for key in a] if isinstance(a, dict) else zip(a, b)
-        return type(a) is type(b) and len(a) == len(b) and all(equal(*pair) for pair in pairs)
-    return a == b
-
-
-def same_state(one, other):
-    """Whether two checkpoints hold the same run at the same point: all but the command line that got it there."""
-    one, other = (
-        {key: value for key, value in load(path).items() if key != 'config'} for path in (one, other)
-    )
-    return equal(one, other)
-
-
-def numbers(lines):
-    """Every number of some log lines, in order; NaN where there is none."""
-    if isinstance(lines, dict):
-        lines = [lines[key] for key in sorted(lines) if key != 'precision']
-    return (
-        [x for item in lines for x in numbers(item)]
-        if isinstance(lines, list)
-        else [math.nan if lines is None else lines]
-    )
-
-
-def at_step(monkeypatch, number, action):
-    """Makes every run call action(run) when it is about to take step `number`."""
-    take = train.Run.step
-    monkeypatch.setattr(
-        train.Run, 'step', lambda run: (action(run) if run.iter_num == number else None, take(run))[1]
-    )
-
-
-@pytest.fixture(autouse=True)
-def handlers():
-    """train.main takes the signals of its process; here they are given back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope='module')
@@ -165,116 +59,7 @@ def straight(tmp_path_factory, dataset):
     }
 
 
-# ---- Settings
-
-
-def test_a_flag_has_the_last_word_over_the_file_and_the_file_over_the_default(tmp_path):
-    (tmp_path / 'mine.py').write_text('import math\n_half = 0.5\nlr = 2 * _half\nn_layer = 3\n')
-    config = read_config(
-        [str(tmp_path / 'mine.py'), '--n_layer=4', '--batch_size=1e1', '--weight_decay=1', '--compile=False']
-    )
-    assert (config.lr, config.n_layer, config.batch_size, config.n_head, config.compile) == (
-        1.0,
-        4,
-        10,
-        12,
-        False,
-    )
-    assert type(config.weight_decay) is float and type(config.batch_size) is int
-    assert config.out_dir == 'out/mine'
-
-
-@pytest.mark.parametrize(
-    'given, sentence',
-    [  # given: a command line, or the text of a config file
-        (['--n_layers=2'], "there is no setting 'n_layers', did you mean 'n_layer'?"),
-        (['--lrate=1e-3'], "--lrate=1e-3: there is no setting 'lrate', did you mean 'lr'?"),
-        (['--learning_rate', '1e-3'], "there is no setting 'learning_rate', did you mean 'lr'?"),
-        (['--gradient_accumulation_steps=4'], "did you mean 'micro_batch'?"),
-        (['--wandb_log=True'], "did you mean 'wandb'?"),
-        (['--warmup=3'], "did you mean 'warmup_iters'?"),
-        (['--vocab_size=99'], "there is no setting 'vocab_size'"),
-        (['--qqq=2'], "there is no setting 'qqq': python train.py --help lists them"),
-        (['--n_layer=two'], "n_layer is 'two', expected a whole number"),
-        (['--n_layer=2.5'], 'n_layer is 2.5, expected a whole number'),
-        (['--lr=fast'], "lr is 'fast', expected a number"),
-        (['--compile=1'], "compile is 1, expected True, False or 'auto'"),
-        (['--compile=true'], "--compile=true: compile is 'true': expected one of auto, True, False"),
-        (['--n_layer'], 'as --key=value'),
-        (['--n_layer', '--lr=1'], '--n_layer has no value'),
-        (['--n_embd=100'], '--n_embd=100: n_embd = 100 is not divisible by n_head = 12'),
-        (['--beta2=1.0'], '--beta2=1.0: beta2 is 1.0: expected a number below 1'),
-        (['--lr=1', '--lr=2'], 'every setting once'),
-        (['one.py', 'two.py'], 'more than one config file (one.py, two.py)'),
-        (['nowhere.py'], 'no config file nowhere.py'),
-        (['--gate_rank=8'], "gate_rank does nothing where residual is 'baseline': it belongs to 'ledger'"),
-        (['--decode_gamma=0.0'], 'decode_gamma does nothing'),
-        ('commit_sparsity = 0.02', 'commit_sparsity does nothing'),
-        ('n_layers = 2', "mine.py, line 1: there is no setting 'n_layers', did you mean 'n_layer'?"),
-        ("n_layer = '2'", "mine.py, line 1: n_layer is '2', expected a whole number"),
-        ('n_layer = 2.0', 'mine.py, line 1: n_layer is 2.0, expected a whole number'),
-        ('compile = 0', "mine.py, line 1: compile is 0, expected True, False or 'auto'"),
-        ('dataset = 3', 'mine.py, line 1: dataset is 3, expected text in quotes'),
-        ('lr = 1\n# twice\nlr = -1', 'mine.py, line 3: lr is -1.0: expected a number of 0 or more'),
-        ('from math import inf as lr', 'mine.py: lr is inf: expected'),
-        ('lr = 1\n\nn_layer = (2', 'mine.py, line 3: SyntaxError'),
-        ('lr = 1\nn_layer = 1 // 0', 'mine.py, line 2: ZeroDivisionError'),
-        ('import sys\nsys.exit()', 'mine.py, line 2: SystemExit'),
-    ],
-)
-def test_a_mistake_in_the_settings_is_named_with_its_place(tmp_path, monkeypatch, given, sentence):
-    monkeypatch.chdir(tmp_path)
-    Path('mine.py').write_text(given if isinstance(given, str) else '')
-    with pytest.raises(UserError) as error:
-        read_config(['mine.py'] if isinstance(given, str) else given)
-    assert sentence in str(error.value) and '\n' not in str(error.value)
-
-
-PUBLISHED = dict(
-    dataset='fineweb_edu',
-    block_size=1024,
-    lr=3e-4,
-    warmup_iters=300,
-    min_lr_ratio=0.1,
-    weight_decay=0.1,
-    beta1=0.9,
-    beta2=0.999,
-    grad_clip=1.0,
-    gate_rank=64,
-    bf16_streams=False,
-    decode_gamma=0.0,
-)
-SCALES = {
-    '160m': dict(PUBLISHED, n_layer=12, n_head=12, n_embd=768, batch_size=24, max_iters=14000),
-    '290m': dict(PUBLISHED, n_layer=12, n_head=16, n_embd=1024, batch_size=16, max_iters=8000),
-    'demo': dict(dataset='pysource_demo'),
-}
-PUBLISHED_ARMS = {
-    'baseline': dict(residual='baseline', qk_norm=False),
-    'qknorm': dict(residual='baseline', qk_norm=True),
-    'ledger': dict(residual='ledger', qk_norm=False, commit_sparsity=0.02),
-    'ledger_hs': dict(residual='ledger', qk_norm=False, commit_sparsity=0.3),
-}
-
-
-def test_there_is_one_config_file_for_each_arm_and_scale_and_it_holds_the_reference_settings():
-    files = {path.stem: path for path in (ROOT / 'config').glob('*.py')}
-    assert files.keys() == {f'{arm}_{scale}' for arm in PUBLISHED_ARMS for scale in SCALES}
-    for name, path in files.items():
-        arm, scale = name.rsplit('_', 1)
-        wanted = {**SCALES[scale], **PUBLISHED_ARMS[arm], 'out_dir': f'out/{name}'}
-        config = read_config([str(path)])
-        assert {key: getattr(config, key) for key in wanted} == wanted, path
-
-
-def test_importing_trains_nothing_and_help_prints_every_setting_with_its_default(capsys):
-    runpy.run_path(train.__file__, run_name='imported')
-    assert capsys.readouterr().out == ''
-    train.main(['--help'])
-    printed = capsys.readouterr().out
-    declared = {field.name for field in fields(Config)} - {'vocab_size'}
-    assert all(f'    {name}: ' in printed for name in declared) and 'vocab_size: ' not in printed
-    assert 'lr: float = 3e-4' in printed and 'def ' not in printed
+# ---- The batch and the step
 
 
 @pytest.mark.parametrize('warmup', [0, 1, 30])
@@ -286,9 +71,6 @@ def test_the_learning_rate_climbs_in_a_line_and_falls_along_a_cosine_to_a_tenth(
     )
     np.testing.assert_allclose([learning_rate(it, config) for it in range(101)], expected, rtol=1e-12)
     assert max(expected) == 0.3 and math.isclose(learning_rate(100, config), 0.03)
-
-
-# ---- The batch and the step
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused_with_what_they_can():
@@ -406,6 +188,45 @@ def test_bfloat16_stays_near_float32(tmp_path, dataset, straight, arm, bf16_stre
     )
 
 
+@every_arm
+def test_float16_stays_near_float32_and_resumes_bit_for_bit(tmp_path, dataset, straight, arm):
+    out, settings = tmp_path / 'out', dict(dtype='float16', micro_batch=2, **ARMS[arm])
+    lines = log(run(dataset, out, **settings))
+    assert lines[0]['precision'] == 'float16 autocast, float32 streams'
+    losses = {line['iter']: line['val_loss'] for line in log(straight[arm])}
+    np.testing.assert_allclose(
+        [line['val_loss'] for line in lines], [losses[line['iter']] for line in lines], rtol=0.05
+    )
+    resumed = shutil.copytree(out, tmp_path / 'resumed')
+    os.replace(resumed / 'ckpt_prev.pt', resumed / 'ckpt.pt')
+    run(dataset, resumed, init_from='resume', **settings)
+    assert same_state(resumed / 'ckpt.pt', out / 'ckpt.pt') and log(resumed) == log(out)
+
+
+def test_in_float16_a_step_that_overflows_is_skipped_and_the_scale_of_the_loss_halved(
+    tmp_path, dataset, monkeypatch
+):
+    seen = []
+
+    def overflow(run):
+        weights = {name: p.clone() for name, p in run.model.state_dict().items()}
+        seen.append((weights, run.scaler.get_scale()))
+        gain = run.model.norm.weight
+        handle = gain.register_hook(lambda gradient: gradient * math.inf)
+        monkeypatch.setattr(run, 'after', lambda: handle.remove(), raising=False)
+
+    def afterwards(run):
+        run.after()
+        weights, scale = seen[0]
+        assert all(torch.equal(weights[name], p) for name, p in run.model.state_dict().items())
+        assert run.scaler.get_scale() == scale / 2
+
+    at_step(monkeypatch, 12, afterwards)
+    at_step(monkeypatch, 11, overflow)
+    out = run(dataset, tmp_path / 'out', dtype='float16')
+    assert load(out / 'ckpt.pt')['iter_num'] == 20 and log(out)[-1]['val_loss'] < log(out)[0]['val_loss'] - 1
+
+
 @pytest.mark.slow
 def test_the_compiled_run_is_the_eager_run(tmp_path, dataset, straight):
     compiled = log(run(dataset, tmp_path / 'out', compile=True, snapshots='0,3', **ARMS['ledger']))
@@ -492,13 +313,58 @@ def test_a_log_line_lacks_nothing_that_later_work_reads(straight, arm):
             )
 
 
-def recomputed(path, dataset):
-    """The validation loss of a checkpoint's weights, on the windows that the log uses."""
-    tokens = data.loader.Tokens(dataset, 'val', TINY['block_size'], 257)
-    with torch.no_grad():
-        return build_model(load(path), path)(*tokens.windows(tokens.fixed_starts(TINY['eval_sequences'])))[
-            1
-        ].item()
+def test_a_loss_that_is_not_finite_is_null_in_the_log_and_saved_nowhere(tmp_path, dataset):
+    settings = dict(lr=1e30, eval_interval=1, ckpt_interval=1, warmup_iters=0, snapshots='1')
+    sentence = stop(flags(dataset, tmp_path / 'out', **settings))
+    assert re.match('error: the loss is not finite at iteration 1, .*lower --lr', sentence)
+    assert '\n' not in sentence and not list((tmp_path / 'out').glob('*.pt'))
+    written = (tmp_path / 'out' / 'log.jsonl').read_text()
+    assert 'NaN' not in written and 'Infinity' not in written
+    assert [line['val_loss'] is None for line in log(tmp_path / 'out')] == [False, True]
+
+
+class WandB:
+    """What train.py uses of wandb."""
+
+    def __init__(self, refuses=''):
+        self.lines, self.settings, self.refuses = [], None, refuses
+
+    def init(self, **settings):
+        if self.refuses:
+            raise ValueError(self.refuses)
+        self.settings = settings
+        return self
+
+    def log(self, values, step):
+        self.lines.append((step, values))
+
+
+def test_the_record_goes_to_weights_and_biases_as_well(tmp_path, dataset, monkeypatch):
+    wandb = WandB()
+    monkeypatch.setitem(sys.modules, 'wandb', wandb)
+    lines = log(run(dataset, tmp_path / 'out', wandb='outliers', log_interval=5, **ARMS['ledger']))
+    assert (wandb.settings['project'], wandb.settings['name']) == ('outliers', 'out')
+    assert wandb.settings['config']['lr'] == TINY['lr']
+    logged = {step: values for step, values in wandb.lines if 'val_loss' in values}
+    assert list(logged) == [line['iter'] for line in lines]
+    for line in lines:
+        sent = logged[line['iter']]
+        assert sent['val_loss'] == line['val_loss']
+        assert sent['streams/C/norm/1'] == line['streams']['C']['norm'][1]
+        assert sent['commit_rate/0'] == line['commit_rate'][0]
+    assert [step for step, values in wandb.lines if 'loss' in values] == [1, 5, 10, 15, 20]
+
+
+@pytest.mark.parametrize(
+    'wandb, said', [(None, 'not installed .pip install wandb'), (WandB(refuses='no account'), 'no account')]
+)
+def test_without_weights_and_biases_a_run_says_so_and_goes_on(
+    tmp_path, dataset, monkeypatch, capsys, wandb, said
+):
+    monkeypatch.setitem(sys.modules, 'wandb', wandb)
+    out = run(dataset, tmp_path / 'out', wandb='outliers', max_iters=2)
+    assert re.search(f'^--wandb=outliers: .*{said}.*goes on without', capsys.readouterr().out, re.M)
+    assert load(out / 'ckpt.pt')['iter_num'] == 2
 
 
 @every_arm
@@ -578,7 +444,9 @@ def test_twenty_steps_are_ten_and_a_resume_and_ten_bit_for_bit(tmp_path, dataset
     assert log(out) == log(straight[arm])
 
 
-@pytest.mark.parametrize('number, step', [(signal.SIGTERM, 8), (signal.SIGINT, 13)])
+@pytest.mark.parametrize(
+    'number, step', [(signal.SIGTERM, 8), (signal.SIGINT, 13), (signal.SIGHUP, 13), (signal.SIGUSR1, 8)]
+)
 def test_a_signal_ends_the_run_after_its_step_and_a_resume_makes_up_for_it(
     tmp_path, dataset, straight, monkeypatch, capsys, number, step
 ):
@@ -592,6 +460,12 @@ def test_a_signal_ends_the_run_after_its_step_and_a_resume_makes_up_for_it(
     assert (out / 'ckpt_best.pt').exists() == (step > 10)  # what is best depends on no signal
     run(dataset, out, init_from='resume', **argv)
     assert same_state(out / 'ckpt.pt', straight['ledger'] / 'ckpt.pt') and log(out) == log(straight['ledger'])
+
+
+def test_a_signal_that_was_ignored_from_the_start_stays_ignored(tmp_path, dataset, monkeypatch):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    at_step(monkeypatch, 2, lambda run: os.kill(os.getpid(), signal.SIGHUP))
+    assert load(run(dataset, tmp_path / 'out', max_iters=4) / 'ckpt.pt')['iter_num'] == 4
 
 
 def test_a_process_that_is_terminated_saves_and_a_resume_makes_up_for_it(tmp_path, dataset):
@@ -629,6 +503,43 @@ def test_two_processes_are_one(tmp_path, dataset):
     one, two = log(run(dataset, tmp_path / 'one', **settings)), log(tmp_path / 'two')
     assert len(one) == len(two) == 21
     np.testing.assert_allclose(numbers(two), numbers(one), rtol=1e-5)
+
+
+@every_arm
+@pytest.mark.parametrize('windows', [1, 2, 3])
+def test_the_record_of_two_processes_is_that_of_one_for_any_number_of_windows(
+    tmp_path, dataset, monkeypatch, arm, windows
+):
+    few = shutil.copytree(dataset, tmp_path / 'few')
+    os.truncate(few / 'val.bin', 2 * (windows * TINY['block_size'] + 1))
+    settings = {**TINY, **ARMS[arm], 'dataset': f'{few}', 'out_dir': f'{tmp_path / "out"}', 'micro_batch': 2}
+    run = train.Run(Config(**settings))
+    whole = run.evaluate()
+    collected, records = {}, {}
+    run.world.size = 2
+
+    def gather(parts, own):
+        collected[run.world.rank] = own
+        parts[:] = [collected[rank] if rank in collected else own for rank in (0, 1)]
+
+    monkeypatch.setattr(train.dist, 'all_gather_object', gather)
+    sums = {rank: losses_of(run, rank) for rank in (0, 1)}
+    np.testing.assert_allclose(
+        np.add(sums[0], sums[1]), [whole['val_loss'], *whole['commit_rate']], rtol=1e-5
+    )
+    for rank in (1, 0):  # the record is made on the first, which comes last here
+        run.world.rank = rank
+        records[rank] = run.streams()
+    assert records[1] is None
+    np.testing.assert_allclose(numbers([records[0]]), numbers([whole['streams']]), rtol=1e-4)
+
+
+def losses_of(run, rank):
+    """What one process of two adds to the losses."""
+    run.world.rank = rank
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(World, 'sum', lambda world, tensor: tensor)
+        return run.losses('val')
 
 
 # ---- What is missing
