@@ -320,7 +320,9 @@ def test_a_resume_with_another_micro_batch_is_the_same_run(halfway, dataset, str
 
 
 def test_a_resume_may_change_what_no_step_depends_on_and_says_so(halfway, dataset, capsys):
-    changes = dict(max_iters=22, log_interval=3, eval_interval=11, eval_sequences=8, ckpt_interval=4)
+    changes = dict(
+        max_iters=22, log_interval=3, eval_interval=11, eval_sequences=8, ckpt_interval=4, device='auto'
+    )
     run(dataset, halfway, init_from='resume', **changes)
     said = capsys.readouterr().out.splitlines()[0]
     assert all(
