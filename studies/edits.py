@@ -329,7 +329,10 @@ class Editor:
         self.added = 0
 
     def change(self, level, x):
-        """x: (B, T, d), the stream at one level of the edit. Returns it changed."""
+        """x: (B, T, d), the stream at one level of the edit. Returns it changed, in its own precision."""
+        return self.changed(level, x.float()).to(x.dtype)
+
+    def changed(self, level, x):
         if self.source is None:
             return self.reference.change(self.edit, level, x, self.mask)
         if self.edit.where == 'stream' and level != self.edit.levels[0]:
@@ -399,7 +402,7 @@ def visit_streams(model, tokens, starts, batch_size, see):
 
         def on_streams(s, streams, rows=rows):
             for stream in model.stream_names:
-                see(rows, stream, s + 1, streams[stream])
+                see(rows, stream, s + 1, streams[stream].float())
 
         on_streams(-1, model.start(idx))
         with hooked(model, on_streams):

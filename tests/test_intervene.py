@@ -1,7 +1,7 @@
 """The specification of intervene.py and edits.py.
 
-What an edit must do is done again by hand: tests/reference.py computes the whole model in numpy and float64, and shows
-every stream to a function that may change it. d dimensions, S sublayers, levels 0 … S.
+What an edit must do is done again by hand: tests/reference.py computes the whole model in numpy and
+float64, and shows every stream to a function that may change it. d dimensions, S sublayers, levels 0 … S.
 """
 
 import json
@@ -49,6 +49,11 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 N, T, D, S, K = 6, 16, 20, 4, 3
 SMALL = dict(block_size=T, vocab_size=257, n_layer=S // 2, n_head=2, n_embd=D, gate_rank=3)
 ARMS = {'baseline': dict(qk_norm=True), 'ledger': dict(residual='ledger'), 'bias': dict(attn_bias_kv=True)}
+OTHER_ARMS = {
+    'decode_scratch': dict(residual='ledger', arm='decode_scratch'),
+    'rotated_commit': dict(residual='ledger', arm='rotated_commit'),
+    'two_stream': dict(arm='two_stream'),
+}
 HOWS = ('zero', 'mean', 'overall', 'clip')
 STREAMS = [('baseline', 'h'), ('ledger', 'D'), ('ledger', 'C')]
 every_stream = pytest.mark.parametrize('arm, stream', STREAMS)
@@ -73,7 +78,7 @@ def write_dataset(folder, ids):
 def random_model(arm):
     """Random weights, every one in use, with outliers at position 0 and in dimension 7."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**SMALL, **ARMS[arm])).eval()
+    model = GPT(GPTConfig(**SMALL, **{**ARMS, **OTHER_ARMS}[arm])).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn_like(parameter)
@@ -124,16 +129,19 @@ def largest(x):
 
 
 def put_in(how, others, t, j):
-    """others: (M, T, d). Returns what an edit puts in the place of dimension j at position t, or at all of them."""
+    """others: (M, T, d).
+
+    Returns what an edit puts in the place of dimension j at position t, or at all of them.
+    """
     return {'zero': 0, 'mean': others[:, t, j].mean(0), 'overall': others[:, :, j].mean()}[how]
 
 
-def by_hand_with(lab, arm, edit):
-    """Returns what an edit without a control must make of the losses, (N, T)."""
-    others, own = (
-        by_hand(lab.models[arm], lab.others)[1][edit.stream],
-        by_hand(lab.models[arm], lab.idx)[1][edit.stream],
-    )
+def by_hand_with(lab, model, edit, others=None):
+    """Returns what an edit without a control must make of the losses, (N, T). others: the windows of its
+    reference.
+    """
+    others = lab.idx if others is None else others
+    others, own = (by_hand(model, idx)[1][edit.stream] for idx in (others, lab.idx))
 
     def touch(where, level, streams):
         if where != edit.where or level not in edit.levels:
@@ -151,7 +159,7 @@ def by_hand_with(lab, arm, edit):
                 x[:, t, j] = put_in(edit.how, others[level], t, j)
         return {**streams, edit.stream: x}
 
-    return losses(by_hand(lab.models[arm], lab.idx, touch)[0], lab.targets)
+    return losses(by_hand(model, lab.idx, touch)[0], lab.targets)
 
 
 def evaluated(lab, arm, edits, batch_size=4):
@@ -189,8 +197,76 @@ def test_an_edit_is_the_tensor_changed_by_hand(lab, arm, stream, place):
     before, after = evaluated(lab, arm, edits)
     np.testing.assert_allclose(before, losses(by_hand(lab.models[arm], lab.idx)[0], lab.targets), atol=1e-4)
     for edit in edits:
-        np.testing.assert_allclose(after[edit], by_hand_with(lab, arm, edit), atol=1e-4, err_msg=str(edit))
+        np.testing.assert_allclose(
+            after[edit], by_hand_with(lab, lab.models[arm], edit, lab.others), atol=1e-4, err_msg=str(edit)
+        )
         assert np.abs(after[edit] - before).max() > 1e-3, f'{edit} changed nothing'
+
+
+@pytest.mark.parametrize(
+    'arm, stream, place',
+    [
+        ('decode_scratch', 'D', 'decoder'),
+        ('decode_scratch', 'D', 'reads'),
+        ('rotated_commit', 'C', 'reads'),
+        ('rotated_commit', 'C', 'once'),
+        ('two_stream', 's0', 'once'),
+        ('two_stream', 'sum', 'decoder'),
+    ],
+)
+def test_an_arm_is_edited_as_the_others_are(lab, arm, stream, place):
+    model = random_model(arm)
+    where, levels = PLACES[place]
+    edit = Edit(where, stream, levels, 'zero', **ENTRIES)
+    reference = Reference(model, lab.tokens, lab.starts, lab.starts, K, 4, 0)
+    before, after = evaluate(model, lab.tokens, lab.starts, [edit], reference, 4)
+    np.testing.assert_allclose(after[edit], by_hand_with(lab, model, edit), atol=1e-4)
+    assert np.abs(after[edit] - before).max() > 1e-3
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_a_pretrained_model_is_edited_as_if_patched_by_hand(lab, dtype):
+    transformers = pytest.importorskip('transformers')
+    from pretrained import Pretrained
+
+    torch.manual_seed(0)
+    shape = dict(hidden_size=D, intermediate_size=2 * D, num_hidden_layers=2, num_attention_heads=2)
+    config = transformers.LlamaConfig(vocab_size=257, **shape, attn_implementation='eager')
+    llama = transformers.LlamaForCausalLM(config).to(dtype)
+    model = Pretrained(llama)
+    reference = Reference(model, lab.tokens, lab.starts, lab.starts, K, 4, 0)
+    block = llama.model.layers[0]
+
+    def zeroed(x):
+        x = x.clone()
+        x[:, ENTRIES['positions'], ENTRIES['dims']] = 0
+        return x
+
+    def attention_that_leaves_zeros(module, inputs, options, output):
+        return zeroed(entered[-1] + output[0]) - entered[-1], *output[1:]
+
+    entered = []
+    patches = {
+        Edit('stream', 'h', (1,), 'zero', **ENTRIES): [
+            lambda: block.register_forward_pre_hook(lambda module, inputs: entered.append(inputs[0])),
+            lambda: block.self_attn.register_forward_hook(attention_that_leaves_zeros, with_kwargs=True),
+        ],
+        Edit('stream', 'h', (2,), 'zero', **ENTRIES): [
+            lambda: block.register_forward_hook(lambda module, inputs, output: zeroed(output))
+        ],
+        Edit('decoder', 'h', (4,), 'zero', **ENTRIES): [
+            lambda: llama.model.norm.register_forward_pre_hook(lambda module, inputs: (zeroed(inputs[0]),))
+        ],
+    }
+    before, after = evaluate(model, lab.tokens, lab.starts, list(patches), reference, 4)
+    for edit, patch in patches.items():
+        handles = [register() for register in patch]
+        with torch.no_grad():
+            expected = losses(llama(lab.idx).logits.double().numpy(), lab.targets)
+        for handle in handles:
+            handle.remove()
+        np.testing.assert_allclose(after[edit], expected, atol=1e-5 if dtype == torch.float32 else 0.02)
+        assert np.abs(after[edit] - before).max() > 1e-4
 
 
 @every_stream
@@ -583,6 +659,19 @@ def test_predictions_are_labelled_by_class_position_and_distance_from_the_last_l
                 assert int(low) <= value <= int(high or low)
 
 
+def test_predictions_in_english_are_labelled_by_their_place_in_the_sentence_too(tmp_path):
+    text = 'As it is. We go on.\n\nSo he did. '
+    tokens = write_dataset(tmp_path / 'data', [*(text * 3).encode()])
+    labels, _ = intervene.label(tokens, [0, 16], {'tokenizer': 'bytes', 'source': 'novels'})
+    places, names = labels['sentence']
+    found = {name: np.argwhere(places == i).tolist() for i, name in enumerate(names)}
+    # What is predicted: 's it is. We go o' and 'n.//So he did. A'.
+    assert found['sentence end'] == [[0, 7], [1, 1], [1, 13]]
+    assert found['sentence start'] == [[0, 9], [1, 15]]
+    assert found['paragraph start'] == [[1, 4]]
+    assert len(found['within a sentence']) == 2 * T - 6
+
+
 @pytest.mark.parametrize('arm', ['baseline', 'bias'])
 def test_the_sinks_and_what_a_position_adds_to_later_outputs_are_those_of_the_formula(lab, arm):
     model, edit = lab.models[arm], Edit('stream', 'h', (1,), 'zero', positions=(0,), dims=(5,))
@@ -656,7 +745,9 @@ def save(model, root, data, name):
 
 
 def planted(functional):
-    """An outlier in dimension 3 of the start token, which every query finds. functional: the head lives on what it adds; else it adds nothing."""
+    """An outlier in dimension 3 of the start token, which every query finds. functional: the head lives
+    on what it adds; else it adds nothing.
+    """
     torch.manual_seed(0)
     model = GPT(GPTConfig(**SMALL)).eval()
     attend = model.sublayers[2].function
@@ -702,45 +793,37 @@ def command(*flags):
     return printed.getvalue()
 
 
+def watched(name, used):
+    """Returns a function of intervene that also notes which windows it is first called with."""
+    true = getattr(intervene, name)
+
+    def watching(model, tokens, starts, *rest):
+        used.setdefault(name, set(starts.tolist()))
+        return true(model, tokens, starts, *rest)
+
+    return watching
+
+
 @pytest.fixture(scope='module')
 def ran(lab):
     """The whole command on a ledger."""
     path, used = save(lab.models['ledger'], lab.root, lab.root / 'data', 'run'), {}
     with pytest.MonkeyPatch.context() as patch:
         for name in ('Reference', 'evaluate'):
-            patch.setattr(
-                intervene,
-                name,
-                lambda model, tokens, starts, *rest, name=name, true=getattr(intervene, name): (
-                    used.setdefault(name, set(starts.tolist())) and true(model, tokens, starts, *rest)
-                ),
-            )
+            patch.setattr(intervene, name, watched(name, used))
         printed = command('--ckpt', path.parent, '--sequences=6', '--top=2', '--all')
-    return SimpleNamespace(
-        out=path.parent,
-        printed=printed,
-        used=used,
-        report=json.loads(
-            (path.parent / 'intervene.json').read_text(),
-            parse_constant=lambda name: pytest.fail(f'{name} is not JSON'),
-        ),
-    )
+    text = (path.parent / 'intervene.json').read_text()
+    report = json.loads(text, parse_constant=lambda name: pytest.fail(f'{name} is not JSON'))
+    return SimpleNamespace(out=path.parent, printed=printed, used=used, report=report)
 
 
 def test_the_command_writes_a_report_and_two_figures_and_prints_at_most_110_columns(ran):
-    assert {path.name for path in ran.out.iterdir()} == {
-        'ckpt.pt',
-        'intervene.json',
-        'intervene.png',
-        'intervene_class.png',
-    }
-    assert all(
-        (ran.out / name).read_bytes().startswith(b'\x89PNG')
-        for name in ('intervene.png', 'intervene_class.png')
-    )
-    assert (
-        max(len(line) for line in ran.printed.splitlines() if not line.startswith('written: ')) <= 110
-    )  # where to is not ours to shorten
+    figures = {'intervene.png', 'intervene_class.png'}
+    assert {path.name for path in ran.out.iterdir()} == {'ckpt.pt', 'intervene.json', *figures}
+    assert all((ran.out / name).read_bytes().startswith(b'\x89PNG') for name in figures)
+    # Where the files were written to is not ours to shorten.
+    lines = [line for line in ran.printed.splitlines() if not line.startswith('written: ')]
+    assert max(map(len, lines)) <= 110
 
 
 def test_entries_are_not_chosen_on_the_windows_that_are_evaluated(ran):
