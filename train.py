@@ -180,9 +180,9 @@ class Run:
         self.wrapped = self.step_model
         if self.world.size > 1:
             # fewer, larger exchanges: results/h100/buckets.json
-            self.wrapped = DistributedDataParallel(
-                self.step_model, gradient_as_bucket_view=True, bucket_cap_mb=100
-            )
+            # Buffers are constants of an arm, the same everywhere.
+            how = {'gradient_as_bucket_view': True, 'bucket_cap_mb': 100, 'broadcast_buffers': False}
+            self.wrapped = DistributedDataParallel(self.step_model, **how)
         self.optimizer = arm_part(config, 'make_optimizer', make_optimizer)(self.model, config)
         self.scaler = torch.amp.GradScaler(self.world.device_type, enabled=self.dtype == 'float16')
         # Fused AdamW leaves the weights alone while found_inf is 1.

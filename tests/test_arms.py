@@ -1,6 +1,7 @@
 """The specification of arms/: what holds of every arm, then what is special of each. tests/reference.py has
 their equations in numpy."""
 
+import json
 import sys
 from copy import deepcopy
 from dataclasses import replace
@@ -621,3 +622,69 @@ def test_two_arms_that_want_different_values_of_a_setting_are_refused(own_arm):
 def test_what_an_arm_imports_is_not_what_it_replaces(own_arm):
     own_arm('imports', 'from model import Attention, MLP')
     assert arm_part(GPTConfig(arm='imports'), 'Attention', None) is None
+
+
+# ---- a run
+
+
+TINY = dict(
+    n_layer=2,
+    n_head=2,
+    n_embd=16,
+    block_size=16,
+    batch_size=4,
+    max_iters=4,
+    warmup_iters=2,
+    eval_interval=4,
+    eval_sequences=8,
+    ckpt_interval=2,
+    compile=False,
+    device='cpu',
+)
+
+
+@pytest.fixture(scope='module')
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data') / 'words'
+    folder.mkdir()
+    text = b'the ledger keeps what deliberation commits and scratch is written over again ' * 60
+    for split in ('train', 'val'):
+        np.frombuffer(text, np.uint8).astype('<u2').tofile(folder / f'{split}.bin')
+    meta = {'tokenizer': 'bytes', 'vocab_size': 257, 'eot': 256}
+    (folder / 'meta.json').write_text(json.dumps(meta))
+    return folder
+
+
+def trained(dataset, out, arm, **settings):
+    import train
+
+    given = {**TINY, 'dataset': dataset, 'out_dir': out, 'arm': arm, **settings}
+    train.main([f'--{key}={value}' for key, value in given.items()])
+    return torch.load(out / 'ckpt.pt', weights_only=True)
+
+
+@pytest.mark.parametrize('arm', [*arm_names(), PAIRS[0]])
+def test_a_run_of_an_arm_resumes_exactly_and_logs_its_streams(arm, dataset, tmp_path):
+    whole = trained(dataset, tmp_path / 'whole', arm)
+    trained(dataset, tmp_path / 'cut', arm, max_iters=2)
+    resumed = trained(dataset, tmp_path / 'cut', arm, init_from='resume')
+    assert whole['model_args']['arm'] == arm
+    assert all(torch.equal(value, resumed['model'][name]) for name, value in whole['model'].items())
+    lines = [(tmp_path / out / 'log.jsonl').read_text().splitlines()[-1] for out in ('whole', 'cut')]
+    streams = [json.loads(line)['streams'] for line in lines]
+    model = fresh(arm)
+    assert streams[0] == streams[1]
+    assert tuple(streams[0]) == model.stream_names + model.derived_names
+
+
+@pytest.mark.parametrize('arm', ['rotated_commit', 'two_stream'])
+def test_measure_reads_and_draws_an_arm(arm, dataset, tmp_path):
+    import measure
+
+    trained(dataset, tmp_path / 'run', arm, max_iters=1, ckpt_interval=1)
+    measure.main([f'--ckpt={tmp_path / "run"}', '--sequences=4', '--device=cpu'])
+    report = json.loads((tmp_path / 'run/measure.json').read_text())
+    model = fresh(arm)
+    assert tuple(report['streams']) == model.stream_names + model.derived_names
+    assert [name for name, stream in report['streams'].items() if stream['decoded']] == [model.decoded]
+    assert (tmp_path / 'run/profile.png').exists() and (tmp_path / 'run/landscape.png').exists()
