@@ -466,7 +466,7 @@ def run_data(args, path, header, split):
     if args.text:
         encode = encoding(meta['tokenizer']).encode_ordinary
         tokens = Texts(args.text, encode, block_size, meta['vocab_size'], first_token)
-        data = {'name': tokens.name, 'split': 'text'}
+        data = tokens.describe()
         meta['sha256'] = tokens.sha256
     else:
         tokens = dataset_tokens(folder, split, block_size, meta['vocab_size'], first_token)

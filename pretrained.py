@@ -49,7 +49,7 @@ class Block(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What one call of a module got and returned. The tensors are copies, since blocks add in place."""
+    """What one call of a module got and returned. The tensors are copies on the CPU: blocks add in place."""
 
     module: nn.Module
     address: int  # of the memory of the input
@@ -75,12 +75,13 @@ def recorded(modules):
 
     def before(module, args, kwargs):
         x = first_input(args, kwargs)
-        inputs.append((x.data_ptr(), x.clone()))
+        inputs.append((x.data_ptr(), x.to('cpu', copy=True)))
 
     def after(module, args, kwargs, output):
         address, x = inputs.pop()
         is_attention = 'attention_mask' in kwargs and isinstance(output, tuple)
-        calls.append(Call(module, address, x, first_output(output).clone(), is_attention))
+        output = first_output(output).to('cpu', copy=True)
+        calls.append(Call(module, address, x, output, is_attention))
 
     for module in modules:
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
@@ -96,7 +97,7 @@ def is_sum(total, *terms, additions=2):
     """Is `total` the sum of `terms`, up to the rounding of so many additions in the precision of `total`?"""
     if any(term.numel() != total.numel() for term in terms):
         return False
-    terms = [term.double().reshape(total.shape).to(total.device) for term in terms]
+    terms = [term.double().reshape(total.shape) for term in terms]
     error = (total.double() - sum(terms)).abs()
     bound = additions * torch.finfo(total.dtype).eps * sum(term.abs() for term in terms)
     return bool((error <= bound).all())
@@ -287,7 +288,7 @@ class Pretrained(nn.Module):
         children = [child for block in modules for child in block.children()]
         calls_of_blocks, calls_since = [], []
         with recorded(dict.fromkeys([*modules, *children, *outside])) as calls:
-            hidden_states = self.run(idx, output_hidden_states=True).hidden_states
+            output = self.run(idx, output_hidden_states=True)
         for call in calls:
             if call.module not in modules:
                 calls_since.append(call)
@@ -295,7 +296,7 @@ class Pretrained(nn.Module):
             own = set(call.module.children())
             calls_of_blocks.append((call, [c for c in calls_since if c.module in own]))
             calls_since = []
-        return calls_of_blocks, calls_since, hidden_states
+        return calls_of_blocks, calls_since, [h.cpu() for h in output.hidden_states]
 
     def understand(self, idx, modules, blocks_only):
         """Sets self.blocks and self.reader. idx: (1, T); modules: the model's blocks.
@@ -477,7 +478,7 @@ def open_run(name, args):
         model=model,
         tokens=tokens,
         meta={'tokenizer': label, 'vocab_size': model.vocab_size, 'eot': tokenizer.eos_token_id},
-        data={'name': tokens.name, 'split': 'text'},
+        data=tokens.describe(),
         iter_num=int(step[1]) if step else 0,
         model_args={
             # by the names of model.GPTConfig where it has them

@@ -366,7 +366,7 @@ class Tokens:
 
 
 class Texts(Tokens):
-    """Text files held in memory as the ids of one tokenizer, of any vocabulary. Gives the same windows as Tokens.
+    """Text files in memory, as the ids of one tokenizer of any vocabulary. Gives the same windows as Tokens.
 
     encode: text → list of ids, without any special token.
     first_token: an id that every window starts with, or None.
@@ -376,7 +376,6 @@ class Texts(Tokens):
         self.paths, self.block_size = [Path(path) for path in paths], block_size
         self.vocab_size, self.first_token = vocab_size, first_token
         self.path, self.fds = self.paths[0], []
-        self.name = ' '.join(path.name for path in self.paths)
         texts = [read_text(path) for path in self.paths]
         self.ids = [np.array(encode(text), dtype=np.int64) for text in texts]
         # one more where every window starts with first_token: it then takes one token of the text less
@@ -393,6 +392,12 @@ class Texts(Tokens):
                 raise UserError(f'{path} has token {ids.max()}, but the model knows only {vocab_size}')
         self.bytes_per_token = sum(len(text.encode()) for text in texts) / sum(map(len, self.ids))
         self.sha256 = hashlib.sha256('\0'.join(texts).encode()).hexdigest()
+
+    def describe(self):
+        """Returns what reports say of the data. It is the same for two models only if their windows are."""
+        name = ' '.join(path.name for path in self.paths)
+        ids_sha256 = hashlib.sha256(b''.join(ids.tobytes() for ids in self.ids)).hexdigest()
+        return {'name': name, 'split': 'text', 'ids_sha256': ids_sha256}
 
     def windows(self, starts):
         """starts: (B,) positions. Returns inputs and targets, each (B, block_size) int64.

@@ -516,6 +516,16 @@ def test_a_run_of_ours_and_a_pretrained_model_stand_side_by_side_with_losses_per
     assert float(per_byte[0].split()[0]) == pytest.approx(mine['loss']['value'], rel=1e-3)
 
 
+def test_losses_are_paired_where_two_models_see_the_same_tokens_and_only_there(folder):
+    save_run(Path('runs/mine/ckpt.pt'))
+    shutil.copytree('llama', 'other')
+    command('--ckpt', 'runs/mine', 'llama', 'other', '--block_size=16', '--bos=never', '--out=all')
+    reports = [Path('all', name, 'measure.json') for name in ('mine', 'llama', 'other')]
+    mine, llama, other = (json.loads(path.read_text()) for path in reports)
+    assert measure.paired_difference(other, llama)['value'] == 0
+    assert measure.paired_difference(llama, mine)['value'] is None
+
+
 def test_windows_of_one_token_are_measured(folder):
     command('--ckpt', 'llama', '--sequences=3', '--block_size=1')
     h = report('llama')['streams']['h']
