@@ -380,6 +380,8 @@ def tables():
         found[f'runs of {name}'] = lambda name=name: run_table(name)
     for name in SOURCE_SETS:
         found[f'post hoc, {name}'] = lambda name=name: post_hoc_table(name)
+    chance = read_json(RESULTS / 'comparison_160m/chance.json')
+    found['chance, comparison_160m'] = lambda: chance_table(chance['160m'])
     for name in SOURCE_SETS[1:]:
         found[f'existence in {name}'] = lambda name=name: existence_table(name)
         found[f'controls in {name}'] = lambda name=name: control_table(compared(name))
