@@ -53,40 +53,46 @@ def tokens(tmp_path):
 def observe(model, idx):
     """Returns in float64 D and C after every sublayer, (S, N, T, d), and the gates, (S, N, T, 1)."""
     seen = []
-    handles = [
-        sublayer.register_forward_hook(
-            lambda _, __, output: seen.append(
-                [output[0]['D'].numpy(), output[0]['C'].numpy(), output[1].numpy()]
-            )
-        )
-        for sublayer in model.sublayers
-    ]
+
+    def see(sublayer, inputs, output):
+        streams, gate = output
+        seen.append([x.numpy() for x in (streams['D'], streams['C'], gate)])
+
+    handles = [sublayer.register_forward_hook(see) for sublayer in model.sublayers]
     model(idx)
     for handle in handles:
         handle.remove()
     return map(np.array, zip(*seen))
 
 
-@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
-@pytest.mark.parametrize('t', (1, 3))
-def test_what_the_sublayers_commit_adds_up_to_C_and_with_its_sign_to_its_magnitude(tokens, t, device):
-    model, starts, dims = random_model(residual='ledger').double(), tokens.fixed_starts(20), [3, 17, 5]
-    assert len(starts) == 20
-    terms, C = controls.decompose(model.to(device), tokens, starts, 6, dims, t)
-    model.cpu()
-    d, c, gate = observe(model, tokens.windows(starts)[0])
+def committed_by_numpy(model, idx):
+    """Returns what every sublayer adds to C by identity and by map, (2, S, N, T, d), and C after it."""
+    d, c, gate = observe(model, idx)
     maps = [sublayer.residual.commit_map for sublayer in model.sublayers]
     mapped = np.stack([x @ (m.U.weight @ m.V.weight).detach().numpy().T for x, m in zip(d, maps)])
-    parts, final = np.stack([gate * d, gate * mapped])[:, : t + 1, ..., dims], c[t][..., dims]
-    for k, weight in enumerate((np.ones_like(final), np.sign(final))):
-        for average, pick in enumerate((lambda x: x[..., 0, :], lambda x: x.mean(-2))):
-            np.testing.assert_allclose(
-                terms[..., k, average], pick(parts * weight).mean(-2), rtol=0, atol=1e-13
-            )
-            np.testing.assert_allclose(
-                terms[..., k, average].sum((0, 1)), pick(final * weight).mean(0), rtol=0, atol=1e-13
-            )
-            np.testing.assert_allclose(C[:, k, average], pick(final * weight).mean(0), rtol=0, atol=1e-13)
+    terms = np.stack([gate * d, gate * mapped])
+    if model.config.arm == 'rotated_commit':
+        terms = terms @ model.sublayers[0].residual.rotation.numpy().T
+    return terms, c
+
+
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
+@pytest.mark.parametrize('arm, t', (('', 1), ('', 3), ('rotated_commit', 3)))
+def test_what_the_sublayers_commit_adds_up_to_C_and_with_its_sign_to_its_magnitude(tokens, arm, t, device):
+    model = random_model(residual='ledger', arm=arm).double()
+    starts, dims = tokens.fixed_starts(20), [3, 17, 5]
+    assert len(starts) == 20
+    terms, C = controls.decompose(model.to(device), tokens, starts, 6, dims, t)
+    expected, after = committed_by_numpy(model.cpu(), tokens.windows(starts)[0])
+    parts, final = expected[:, : t + 1, ..., dims], after[t][..., dims]
+    signs = np.ones_like(final), np.sign(final)
+    averages = (lambda x: x[..., 0, :]), (lambda x: x.mean(-2))
+    for k, sign in enumerate(signs):
+        for position, average in enumerate(averages):
+            found, total = terms[..., k, position], average(final * sign).mean(0)
+            np.testing.assert_allclose(found, average(parts * sign).mean(-2), rtol=0, atol=1e-13)
+            np.testing.assert_allclose(found.sum((0, 1)), total, rtol=0, atol=1e-13)
+            np.testing.assert_allclose(C[:, k, position], total, rtol=0, atol=1e-13)
 
 
 def test_the_report_of_commits_names_its_places_and_its_shares_are_all_of_C(tokens, monkeypatch):
@@ -175,79 +181,88 @@ def test_no_document_window_straddles_two_shards(tmp_path):
     assert sorted(starts['document']) == [3, 23 + 1, 23 + 34 + 6]
 
 
-def test_controls_of_both_arms_are_written_beside_their_checkpoints_and_agree_with_measure(tmp_path, capsys):
-    write_dataset(tmp_path / 'data')
-    paths = []
-    for arm, name in (('baseline', 'ckpt.pt'), ('ledger', 'ckpt_0.pt')):
-        model, path = random_model(residual=arm), tmp_path / arm / name
+def save_checkpoint(path, model, data):
+    path.parent.mkdir(parents=True)
+    checkpoint = {
+        'model': model.state_dict(),
+        'model_args': asdict(model.config),
+        'iter_num': 3,
+        'config': {'dataset': str(data)},
+    }
+    torch.save(checkpoint, path)
+
+
+@pytest.fixture(scope='module')
+def written(tmp_path_factory):
+    """Returns what controls.py writes beside two checkpoints, and what measure.py says of them, by arm."""
+    folder = tmp_path_factory.mktemp('controls')
+    write_dataset(folder / 'data')
+    paths = {'baseline': folder / 'baseline/ckpt.pt', 'ledger': folder / 'ledger/ckpt_0.pt'}
+    for arm, path in paths.items():
+        model = random_model(residual=arm)
         with torch.no_grad():
             for s, sign in ((1, 1), (3, -1)):  # so that h and D peak before the last sublayer
                 model.sublayers[s].function.proj.bias[11] += 50 * sign
-        path.parent.mkdir()
-        torch.save(
-            {
-                'model': model.state_dict(),
-                'model_args': asdict(model.config),
-                'iter_num': 3,
-                'config': {'dataset': str(tmp_path / 'data')},
-            },
-            path,
-        )
-        paths.append(str(path))
-    controls.main(['--ckpt', *paths, '--device=cpu', '--sequences=20'])
-    measure.main(['--ckpt', *paths, '--device=cpu', '--sequences=20', f'--out={tmp_path / "m"}'])
-    h, ledger = (
-        json.loads((tmp_path / 'baseline/controls.json').read_text()),
-        json.loads((tmp_path / 'ledger/controls_0.json').read_text()),
-    )
-    assert (
-        h['streams']['h']['peak_sublayer'] < 3
-        and 'commits' not in h
-        and set(ledger['streams']) == {'D', 'C'}
-        and ledger['commits']['last']['sublayer'] == 3
-    )
-    for report, name in ((h, 'baseline'), (ledger, 'ledger_0')):
-        measured = json.loads((tmp_path / 'm' / name / 'measure.json').read_text())
-        for stream, s in measured['streams'].items():
+        save_checkpoint(path, model, folder / 'data')
+    flags = ['--ckpt', *map(str, paths.values()), '--device=cpu', '--sequences=20']
+    controls.main(flags)
+    measure.main([*flags, f'--out={folder / "m"}'])
+    names = {
+        'baseline': ('baseline/controls.json', 'baseline'),
+        'ledger': ('ledger/controls_0.json', 'ledger_0'),
+    }
+    reports = {arm: json.loads((folder / name).read_text()) for arm, (name, _) in names.items()}
+    measured = {
+        arm: json.loads((folder / 'm' / name / 'measure.json').read_text())
+        for arm, (_, name) in names.items()
+    }
+    return reports, measured
+
+
+def test_each_arm_has_its_streams_and_only_a_ledger_has_commits(written):
+    reports, _ = written
+    assert set(reports['baseline']['streams']) == {'h'} and 'commits' not in reports['baseline']
+    assert set(reports['ledger']['streams']) == {'D', 'C'}
+    assert reports['ledger']['commits']['last']['sublayer'] == 3
+    assert reports['baseline']['streams']['h']['peak_sublayer'] < 3
+
+
+def test_windows_anywhere_are_those_of_measure_and_so_are_their_numbers(written):
+    reports, measured = written
+    same = ('fixed_dim_ratio', 'start_ratio', 'start_token_concentration', 'persistence')
+    for arm, report in reports.items():
+        for stream, entry in measured[arm]['streams'].items():
             anywhere, own = report['windows']['anywhere']['streams'][stream], report['streams'][stream]
-            assert all(
-                anywhere[key] == s[key]
-                for key in (
-                    'fixed_dim_ratio',
-                    'start_ratio',
-                    'start_token_concentration',
-                    'persistence',
-                    'dominant_dim',
-                    'peak_sublayer',
-                )
-            )
-            assert own['dominant_dim']['concentration'] == pytest.approx(
-                s['start_token_concentration']['value'], rel=1e-5
-            )
-            assert own['largest_start_dim'] == [sublayer['largest_start_dim'] for sublayer in s['sublayers']]
+            assert all(anywhere[key] == entry[key] for key in (*same, 'dominant_dim', 'peak_sublayer'))
+            concentration = entry['start_token_concentration']['value']
+            assert own['dominant_dim']['concentration'] == pytest.approx(concentration, rel=1e-5)
+            assert own['largest_start_dim'] == [line['largest_start_dim'] for line in entry['sublayers']]
+
+
+def test_bfloat16_moves_the_numbers_a_little(written):
+    for report in written[0].values():
         exact, low = report['windows']['anywhere'], report['windows']['anywhere_bfloat16']
-        assert (
-            0 < abs(low['loss']['value'] / exact['loss']['value'] - 1) < 0.01
-            and low['sequences'] == exact['sequences']
-        )
-        for stream in measured['streams']:
-            a, b = (w['streams'][stream] for w in (exact, low))
-            assert (
-                a['dominant_dim'] == b['dominant_dim']
-                and 0 < abs(b['fixed_dim_ratio']['value'] / a['fixed_dim_ratio']['value'] - 1) < 0.02
-            )
-        assert (
-            report['windows']['document']['sequences'] == 7
-            and report['windows']['end_of_text']['loss']['low']
-            < report['windows']['end_of_text']['loss']['high']
-        )
+        assert 0 < abs(low['loss']['value'] / exact['loss']['value'] - 1) < 0.01
+        assert low['sequences'] == exact['sequences']
+        for stream, entry in exact['streams'].items():
+            other = low['streams'][stream]
+            assert other['dominant_dim'] == entry['dominant_dim']
+            moved = other['fixed_dim_ratio']['value'] / entry['fixed_dim_ratio']['value'] - 1
+            assert 0 < abs(moved) < 0.02
+
+
+def test_windows_at_documents_are_fewer_and_have_intervals_too(written):
+    for report in written[0].values():
+        assert report['windows']['document']['sequences'] == 7
+        loss = report['windows']['end_of_text']['loss']
+        assert loss['low'] < loss['high']
+
+
+def test_the_table_fits_a_terminal(written, capsys):
+    controls.print_controls('ledger', written[0]['ledger'])
     printed = capsys.readouterr().out
-    assert (
-        'written: ' in printed
-        and 'anywhere_bfloat16 (20)' in printed
-        and max(len(line) for line in printed.splitlines() if line[:4] in ('    ', 'loss', 'h: s', 'C: s'))
-        <= 110
-    )
+    assert 'anywhere_bfloat16 (20)' in printed and 'C after sublayer 3, start at dominant' in printed
+    assert max(map(len, printed.splitlines())) <= 110
 
 
 def test_controls_of_nothing_end_in_a_sentence(tmp_path):
