@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from planted import write_run
-from results_numbers import numbers_in, parsed, stands_in_results
 
 from data.loader import UserError
 from studies import tables
@@ -79,23 +78,6 @@ def test_numbers_are_written_with_significant_digits_and_intervals():
     assert with_interval({'value': 1.0, 'low': None, 'high': None}) == '1'
 
 
-# ---- The helper that holds the README's numbers to the files
-
-
-def test_numbers_of_a_text_are_those_of_its_prose_and_tables():
-    prose = 'At 160M, 1.06 to 1,024 and −0.25 or 12%.\n'
-    text = prose + '```\n77\n```\n`88` [x](a/99.png) arXiv 2402.17762\n| 3e-4 |'
-    assert numbers_in(text) == ['1.06', '1,024', '−0.25', '12%', '3e-4']
-
-
-@pytest.mark.parametrize(
-    'number, value, places',
-    (('12.30', 12.3, -2), ('1,024', 1024, 0), ('−0.25', -0.25, -2), ('3e-4', 3e-4, -4), ('12%', 12, 0)),
-)
-def test_a_number_says_how_far_it_is_rounded(number, value, places):
-    assert parsed(number) == (value, places)
-
-
 def test_a_set_that_the_second_rules_judge_has_tables_for_each_of_its_scales(tmp_path):
     for scale in ('160m', '290m'):
         write_run(tmp_path / 'english', 'baseline', scale=scale)
@@ -105,10 +87,3 @@ def test_a_set_that_the_second_rules_judge_has_tables_for_each_of_its_scales(tmp
     names = {f'{title}, english {scale}' for scale in ('160m', '290m') for title in titles}
     assert names <= makers.keys() and 'controls in english 290m' in makers
     assert '| premise | h has it | outlier dimension | yes' in makers['verdicts, english 290m']()
-
-
-def test_a_number_of_a_file_is_found_at_its_rounding_and_another_is_not():
-    loss = read_json(RESULTS / 'comparison_160m/baseline_160m_1337/measure.json')['val_loss']
-    assert stands_in_results(f'{loss:.4f}') and stands_in_results(f'{loss:.2f}')
-    assert not stands_in_results(f'{loss + 0.0001:.5f}1') and not stands_in_results('123456.789')
-    assert stands_in_results('0.24') and stands_in_results('+0.007')
