@@ -9,6 +9,7 @@ A line of the queue is a run and what is special about it:
 
     baseline_160m.1338                                   config/baseline_160m.py with --seed=1338
     ledger_160m.1338 --commit_sparsity=0                 one setting changed; its name is ledger_a0_160m_1338
+    baseline_160m.1338 --arm=rope_swiglu,gated_attention    its name is rope_swiglu+gated_attention_160m_1338
     mine_160m.1338 config/ledger_160m.py --lr=1e-3       any name, and the config file that it starts from
     ledger_160m.1338 ~17 +intervene "+probe --seeds=3"   takes about 17 minutes to train; then two studies
 
@@ -91,11 +92,16 @@ class Run:
 
 
 def name_of(arm, scale, seed, settings):
-    """Returns the name of a run: the arm, what its settings change, the scale and the seed."""
+    """Returns the name of a run: the arm, what its settings change, the scale and the seed.
+
+    Files of arms/ are named in the place of the baseline, and after any other arm."""
     changes = ''
     for setting in settings:
         key, _, value = setting.removeprefix('--').partition('=')
-        if key == 'commit_sparsity':
+        if key == 'arm':
+            files = value.replace(',', '+')
+            arm = files if arm == 'baseline' else f'{arm}+{files}'
+        elif key == 'commit_sparsity':
             changes += f'_a{value}'
         elif key != 'snapshots':  # which weights are kept changes nothing in a run
             changes += f'_{key}={value}'

@@ -113,6 +113,18 @@ def test_settings_of_a_line_come_after_those_of_all_and_name_the_run(queue, tmp_
     assert packed(tmp_path, 'ledger_a0_lr=1e-3_demo_7')
 
 
+@pytest.mark.parametrize(
+    'line, name',
+    [
+        ('baseline_160m.1 --arm=sandwich', 'sandwich_160m_1'),
+        ('baseline_160m.1 --arm=rope_swiglu,muon --bos=True', 'rope_swiglu+muon_bos=True_160m_1'),
+        ('ledger_160m.1 --arm=rope_swiglu --commit_sparsity=0', 'ledger+rope_swiglu_a0_160m_1'),
+    ],
+)
+def test_files_of_arms_are_in_the_name(line, name):
+    assert recipe.read_line(line).name == name
+
+
 def test_a_line_may_name_a_run_and_the_config_that_it_starts_from(queue, tmp_path):
     _, calls = queue('mine_demo.7 config/ledger_demo.py --commit_sparsity=0')
     assert 'config/ledger_demo.py' in calls[0] and packed(tmp_path, 'mine_demo_7')
