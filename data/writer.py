@@ -3,7 +3,6 @@ What the prepare.py share: from text to token ids, and from ids to a dataset tha
 """
 
 import json
-import os
 from collections import Counter
 from contextlib import contextmanager
 from hashlib import sha256
@@ -67,11 +66,6 @@ def write_dataset(out, meta):
             announce(out, meta)
     except OSError as error:
         raise UserError(f'cannot write to {out}: {error.strerror}') from None
-
-
-def usable_cores():
-    """Returns how many cores this process may use, which can be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 
 def number(flag, text):

@@ -29,7 +29,8 @@ if __name__ == '__main__':
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 from data.loader import UserError, dataset_folder, encoding
 from data.progress import Progress
-from data.writer import number, tokenize, usable_cores, write_dataset
+from data.writer import number, tokenize, write_dataset
+from machine import usable_cores
 
 # What train.py makes for the demo configs by itself: quick, and nearly the same on every machine.
 DEMO = ['--stdlib', '--tokenizer=bytes', '--limit=8M', f'--out={dataset_folder("pysource_demo")}']

@@ -41,7 +41,8 @@ if __name__ == '__main__':
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 from data.loader import UserError, encoding
 from data.progress import Progress
-from data.writer import tokenize, usable_cores, write_dataset
+from data.writer import tokenize, write_dataset
+from machine import usable_cores
 
 TEXTS, LINES_OF_JSON = ('.txt', '.md', '.py'), ('.jsonl', '.json')
 UNPACK_FIRST = (
