@@ -246,18 +246,17 @@ def commit_report(model, tokens, starts, batch_size, dominant, start, peak):
 def controls(run, args):
     """run: an open run. Returns what controls.json holds."""
     model, tokens = run.model, run.tokens
-    kinds = window_starts(tokens, run.meta['eot'], args.sequences, args.seed)
-    windows = {kind: {'sequences': len(starts)} for kind, starts in kinds.items()}
-    for kind, starts in kinds.items():
-        if len(starts) >= 2:  # fewer have no interval
-            statistics = measured_on(model, run, starts, args.seed)
-            windows[kind] = window_report(statistics, model)
-        if kind == 'anywhere':
-            anywhere = statistics
+    starts = window_starts(tokens, run.meta['eot'], args.sequences, args.seed)
+    anywhere = measured_on(model, run, starts['anywhere'], args.seed)
+    windows = {'anywhere': window_report(anywhere, model)}
+    for kind in ('document', 'end_of_text'):
+        windows[kind] = {'sequences': len(starts[kind])}
+        if len(starts[kind]) >= 2:  # fewer have no interval
+            windows[kind] = window_report(measured_on(model, run, starts[kind], args.seed), model)
     in_bfloat16 = build_model(load_checkpoint(run.path), run.path, bf16_streams=True).to(args.device)
     with torch.autocast(args.device, torch.bfloat16):
-        statistics = measured_on(in_bfloat16, run, kinds['anywhere'], args.seed)
-    windows['anywhere_bfloat16'] = window_report(statistics, model)
+        rounded = measured_on(in_bfloat16, run, starts['anywhere'], args.seed)
+    windows['anywhere_bfloat16'] = window_report(rounded, model)
 
     entries = stream_entries(anywhere, model)
     report = {
@@ -272,7 +271,7 @@ def controls(run, args):
     if hasattr(model.sublayers[0].residual, 'commit_map'):
         batch_size, C = measure.at_once(args.device, tokens.block_size), entries['C']
         dims = C['dominant_dim'], C['start_dim'], C['peak_sublayer']
-        report['commits'] = commit_report(model, tokens, kinds['anywhere'], batch_size, *dims)
+        report['commits'] = commit_report(model, tokens, starts['anywhere'], batch_size, *dims)
     return report
 
 
