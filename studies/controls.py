@@ -35,8 +35,15 @@ import torch
 import torch.nn.functional as F
 
 import measure
-from checkpoint import add_run_arguments, build_model, check_run_arguments, load_checkpoint, open_runs
-from data.loader import atomic_write, philox
+from checkpoint import (
+    add_run_arguments,
+    build_model,
+    check_run_arguments,
+    is_pretrained,
+    load_checkpoint,
+    open_runs,
+)
+from data.loader import UserError, atomic_write, philox
 from measure import REPLICATES, Statistics, collect, headline, number, stream_report, window_batches
 from studies.results import significant, with_interval
 
@@ -336,6 +343,9 @@ def parse_arguments(argv):
 
 def run(argv):
     args = parse_arguments(argv)
+    pretrained = [name for name in args.ckpt if is_pretrained(name)]
+    if pretrained:
+        raise UserError(f'{pretrained[0]} is a pretrained model: the controls are those of runs of train.py')
     for opened in open_runs(args):
         report = controls(opened, args)
         path = opened.out / f'controls{opened.suffix}.json'

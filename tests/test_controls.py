@@ -265,6 +265,11 @@ def test_the_table_fits_a_terminal(written, capsys):
     assert max(map(len, printed.splitlines())) <= 110
 
 
+def test_controls_of_a_pretrained_model_are_refused():
+    with pytest.raises(SystemExit, match='^error: hf:some/model is a pretrained model'):
+        controls.main(['--ckpt', 'hf:some/model'])
+
+
 def test_controls_of_nothing_end_in_a_sentence(tmp_path):
     with pytest.raises(SystemExit, match='^error: there is no ckpt.pt'):
         controls.main(['--ckpt', str(tmp_path)])
