@@ -243,7 +243,8 @@ def draw_landscape_row(axes, heading, landscape):
     largest = landscape['largest']
     top = np.nanmax(a, initial=0) or 1
     mesh = image.pcolormesh(positions, dims, a.T, norm=LogNorm(top / 1e3, top, clip=True), cmap='cividis')
-    image.figure.colorbar(mesh, ax=image, label='magnitude')
+    bar = image.figure.colorbar(mesh, ax=image, label='magnitude')
+    round_ticks(bar.ax.yaxis)
     image.plot(
         largest['position'] + 1.4, largest['dim'] + 0.5, 'o', markersize=11, fillstyle='none', color='#D55E00'
     )
@@ -258,6 +259,8 @@ def draw_landscape_row(axes, heading, landscape):
     by_dim.set(title='by dimension', ylabel='largest over positions', xlabel='dimension')
     for axis in (image, by_position):
         position_ticks(axis, positions[-1] - 1)
+    round_ticks(image.yaxis, whole=True)
+    round_ticks(by_dim.xaxis, whole=True)
     for axis in (by_position, by_dim):
         axis.set_yscale('log' if (a > 0).any() else 'linear')
         axis.grid(alpha=0.3)
@@ -297,9 +300,9 @@ def draw_series(name, log, path):
 def draw_comparison(columns, path):
     """columns: what comparison.json holds. A panel for each quantity, a line for each run: filled at the
     largest over the sublayers, hollow at the last sublayer."""
-    labels = list(dict.fromkeys(label for column in columns.values() for label in column['quantities']))
+    labels = list(next(iter(columns.values()))['quantities'])
     across = min(3, len(labels))
-    title = 'decoded stream of each run: filled, largest over the sublayers; hollow, the last; bars: 95% intervals'
+    title = 'decoded stream: filled, largest over the sublayers; hollow, at the last; bars: 95% intervals'
     size = (3.9, 1.1 + 0.3 * len(columns))
     with figure(path, title, math.ceil(len(labels) / across), across, size) as axes:
         for i, (axis, label) in enumerate(zip(axes, labels)):
@@ -313,7 +316,7 @@ def draw_comparison(columns, path):
 def draw_compared(axis, label, columns):
     """One panel of the comparison."""
     for y, column in enumerate(columns.values()):
-        q = column['quantities'].get(label)
+        q = column['quantities'][label]
         if q is None:  # the first run has no difference from itself
             continue
         style = {**stream_style(column['stream']), 'linestyle': '', 'markersize': 6}
@@ -329,6 +332,8 @@ def draw_compared(axis, label, columns):
     axis.set(title=label, ylim=(len(columns) - 0.5, -0.5))
     if is_ratio and finite and min(finite) > 0:
         axis.set_xscale('log')
+    if 'persistence' in label:
+        axis.set_xlim(-0.05, 1.05)
     round_ticks(axis.xaxis)
     axis.grid(alpha=0.3)
 

@@ -27,7 +27,7 @@ Definitions. X is one stream after one sublayer, N sequences of T tokens in d di
   j0, start dimension       argmax_j of p_j averaged over sublayers; its start persistence, and p_j0 / m_j0
   relative start conc.      (p_j / m_j) / median_j (p_j / m_j): 1 for a stream that is merely larger at
                             position 0. Three rows: for the sublayer's own largest p_j, for j0, and for j*
-  norm, start norm          mean L2 norm of a token; that at position 0 over it                            [V, Z]
+  norm, start norm          mean L2 norm of a token; that at position 0 over it                         [V, Z]
   share of norm             norm over its largest among the stream's sublayers: is the stream nearly empty?
   read share                mean norm of what a stream adds to the read of this sublayer (λ ⊙ C) over that
                             of the first stream (D)
@@ -186,8 +186,11 @@ class Statistics:
 
     def add(self, name, values):
         """values: (B, …), one entry a sequence."""
-        total = torch.einsum('rb,b...->r...', self.weights, values.double())
-        self.sums[name] = self.sums[name] + total if name in self.sums else total
+        total = (self.weights @ values.double().reshape(len(values), -1)).view(-1, *values.shape[1:])
+        if name in self.sums:
+            self.sums[name] += total
+        else:
+            self.sums[name] = total
 
     def add_stream(self, stream, s, x):
         """x: (B, T, d), `stream` as it leaves sublayer s."""
@@ -647,8 +650,8 @@ def measure(run, args):
 
 
 def per_byte(loss, tokens):
-    """Returns the headline of a loss in nats per byte of the text, which all tokenizers have in common. None
-    where the bytes are not known, as in files of token ids."""
+    """Returns the headline of a loss in nats per byte of the text, which all tokenizers have in common.
+    None where the bytes are not known, as in files of token ids."""
     if not hasattr(tokens, 'bytes_per_token'):
         return None
     ends = {key: loss[key] and number(loss[key] / tokens.bytes_per_token) for key in ('value', 'low', 'high')}

@@ -21,8 +21,8 @@ COUNTS_FROM = 0.1  # share of norm from which a sublayer counts
 REFERENCE = {'fixed_dim_ratio': 5.6, 'start_ratio': 4.5}
 
 RULE = (
-    f'Rule, by the near ends of intervals: the fixed-dimension ratio, or the start ratio with a relative start\n'
-    f'conc. of at least {RELATIVE_CONCENTRATION}, is at least {TIMES_UNTRAINED} times the untrained.'
+    'Rule, by the near ends of intervals: the fixed-dimension ratio, or the start ratio with a relative\n'
+    f'start conc. of at least {RELATIVE_CONCENTRATION}, is at least {TIMES_UNTRAINED} times the untrained.'
 )
 LOSS_DIFFERENCE = 'loss − that of the first'
 WORDS = {True: 'yes', False: 'no', None: 'open'}
@@ -202,7 +202,8 @@ def conclusion(streams):
 
 
 def compare(reports, paired_difference):
-    """Returns what comparison.json holds of each run: its decoded stream, and {quantity: interval} of that.
+    """Returns what comparison.json holds of each run: its decoded stream, and {quantity: interval} of that. The
+    first run's difference from itself is None.
 
     paired_difference(report, first): the interval of the difference between two losses on the same
     windows."""
@@ -212,8 +213,8 @@ def compare(reports, paired_difference):
         quantities = {'loss (nats per token)': report['loss']}
         if all(other.get('loss_per_byte') for other in reports.values()):
             quantities['loss (nats per byte)'] = report['loss_per_byte']
-        if report is not first:
-            quantities[LOSS_DIFFERENCE] = paired_difference(report, first)
+        if len(reports) > 1:
+            quantities[LOSS_DIFFERENCE] = None if report is first else paired_difference(report, first)
         for key in figures.COMPARED:
             quantities[HEADLINES[key]] = s[key]
         verdicts = {rule: verdict['decoded'] for rule, verdict in s.get('outlier', {}).items()}
@@ -230,8 +231,8 @@ def last_interval(q):
 def comparison_rows(columns):
     """columns: as compare returns them. Returns the table's rows, (label, [text for each run])."""
     rows = []
-    for label in dict.fromkeys(label for column in columns for label in column['quantities']):
-        quantities = [column['quantities'].get(label) for column in columns]
+    for label in columns[0]['quantities']:
+        quantities = [column['quantities'][label] for column in columns]
         rows.append((label, [cell(q) if q else '' for q in quantities]))
         if any(q and q.get('sublayer') is not None for q in quantities):
             rows.append(('  at the last sublayer', [cell(last_interval(q)) for q in quantities]))
