@@ -92,6 +92,8 @@ def short(x, digits):
 
 def cell(q):
     """'12.3 [11.9, 12.8]' of an interval; a dash in the place of what it lacks."""
+    if q['value'] is None:
+        return '–'
     ends = '–' if q['low'] is None and q['high'] is None else f'[{short(q["low"], 3)}, {short(q["high"], 3)}]'
     return f'{short(q["value"], 4)} {ends}'
 

@@ -449,6 +449,12 @@ def collect(model, batches, statistics, streams=None, extras=False, progress=lam
             if extras and targets is not None:
                 statistics.add_losses(sequence_losses(output, targets.to(device)))
             progress(statistics.sequences)
+    for stream, places in (streams or {}).items():
+        for s, place in enumerate(places):
+            if (stream, s, 'magnitude') not in statistics.sums:
+                raise UserError(
+                    f"nothing passed through module '{place}', which is to be place {s} of {stream}"
+                )
     return statistics
 
 

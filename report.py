@@ -24,7 +24,7 @@ RULE = (
     'Rule, by the near ends of intervals: the fixed-dimension ratio, or the start ratio with a relative\n'
     f'start conc. of at least {RELATIVE_CONCENTRATION}, is at least {TIMES_UNTRAINED} times the untrained.'
 )
-LOSS_DIFFERENCE = 'loss − that of the first'
+LOSS_DIFFERENCE = 'loss − first run'
 WORDS = {True: 'yes', False: 'no', None: 'open'}
 
 
@@ -187,7 +187,9 @@ def conclusion(streams):
     """Returns one sentence: what a reader may conclude of the stream that the head reads."""
     name, s = next((item for item in streams.items() if item[1]['decoded']), next(iter(streams.items())))
     dimension, start = s['outlier']['outlier_dimension'], s['outlier']['start_token_outlier']
-    if start['decoded']:
+    if s['norm']['last'] is None:
+        found = f'{name} is not finite: this model has diverged, and its statistics say nothing'
+    elif start['decoded']:
         found = f'what the head reads of {name} has a start-token outlier, in dimension '
         found += f'{s["sublayers"][-1]["largest_start_dim"]}'
     elif dimension['decoded']:

@@ -1,6 +1,7 @@
 """The specification of measure.py. The README's definitions are computed again in numpy, float64, over all of a stream at once:
 X is (S, N, T, d), sublayers × sequences × tokens × dimensions."""
 
+import copy
 import json
 import os
 import pickle
@@ -19,7 +20,7 @@ import torch
 
 import measure
 from checkpoint import build_model, find_checkpoints, load_checkpoint
-from data.loader import Tokens
+from data.loader import Tokens, UserError
 from measure import (
     Statistics,
     bootstrap_weights,
@@ -123,8 +124,12 @@ def command(*flags):
 
 
 def report_in(folder):
+    return report_in_file(Path(folder, 'measure.json'))
+
+
+def report_in_file(path):
     return json.loads(
-        Path(folder, 'measure.json').read_text(),
+        path.read_text(),
         parse_constant=lambda name: pytest.fail(f'{name} is not JSON'),
     )
 
@@ -654,6 +659,217 @@ def test_a_stream_that_is_zero_at_first_is_quoted_where_it_is_not(here, undrawn)
         assert first is None and C[key]['value'] == max(others)
 
 
+def test_one_sequence_has_no_interval(here):
+    tables = command('--ckpt=out/run', '--sequences=1')
+    report = report_in('out/run')
+    h = report['streams']['h']
+    for q in (report['loss'], *(h[key] for key in HEADLINES)):
+        assert [q['low'], q['high'], q['last_low'], q['last_high']] == [None] * 4
+    assert h['norm']['value'] > 0 and h['sublayers'][0]['intervals']['norm'] == [None, None]
+    assert h['dominant_dim_share'] is None
+    row = next(row for row in tables.splitlines() if row.startswith('norm'))
+    assert row.split()[2] == '–'
+
+
+def test_values_that_are_not_finite_are_null_and_said_in_a_sentence(here):
+    path = Path('out/run/ckpt.pt')
+    edited(lambda c: [weight.mul_(1e25) for weight in c['model'].values()])(path)
+    printed = command('--ckpt=out/run', f'--sequences={N}')
+    assert 'diverged' in printed and report_in('out/run')['streams']['h']['norm']['last'] is None
+    assert Path('out/run/profile.png').exists() and Path('out/run/landscape.png').exists()
+
+
+def test_a_model_of_fewer_entries_than_training_lists_can_be_measured():
+    model = GPT(GPTConfig(block_size=2, vocab_size=5, n_layer=1, n_head=1, n_embd=1)).eval()
+    idx = torch.tensor([[0, 1], [2, 3]])
+    record = training_record(collect(model, [(idx, idx)], Statistics(topk=3)))['h']
+    assert len(record['top2']) == 2 and 'top3' not in record
+    json.dumps(record, allow_nan=False)
+
+
+def test_measure_json_stays_small_at_the_published_size():
+    statistics = Statistics(5, 20)
+    for batch in (0, 1):
+        statistics.begin(
+            2, 'cpu', torch.randint(50257, (2, 1024), generator=torch.Generator().manual_seed(batch))
+        )
+        for s in range(24):
+            for stream in 'DC':
+                statistics.add_stream(stream, s, torch.randn(2, 1024, 768))
+    streams = streams_report(statistics, KINDS * 6, 'C')
+    for entry in streams.values():
+        entry['landscape'] = measure.pooled(np.abs(noise(1024, 768)))
+    assert len(json.dumps(streams, separators=(',', ':'))) < 150_000
+
+
+def test_the_landscape_keeps_the_largest_of_each_block_and_position_0_alone():
+    a = np.abs(noise(300, 130))
+    a[0, 129] = 77
+    pooled = measure.pooled(a)
+    assert pooled['largest'] == {'value': 77, 'position': 0, 'dim': 129}
+    t, j = pooled['position_edges'], pooled['dim_edges']
+    assert t[:2] == [0, 1] and (t[-1], j[-1]) == (300, 130) and len(t) <= 65
+    blocks = [[a[t0:t1, j0:j1].max() for j0, j1 in zip(j, j[1:])] for t0, t1 in zip(t, t[1:])]
+    close(pooled['magnitude'], blocks, rtol=6e-3)
+
+
+# ---- is there an outlier?
+
+
+def entry(ratio=(9, 10, 11), start=(9, 10, 11), relative=(1.6, 2, 3), share=1.0, dims=(4, 4, 4), peak=0):
+    """A stream of measure.json with three equal sublayers, but for their largest dimensions and shares of norm."""
+    quantities = {'fixed_dim_ratio': ratio, 'start_ratio': start, 'relative_start_concentration': relative}
+    sublayer = {key: value for key, (_, value, _) in quantities.items()}
+    sublayer['intervals'] = {key: [low, high] for key, (low, _, high) in quantities.items()}
+    shares = share if isinstance(share, tuple) else (share,) * 3
+    sublayers = [
+        {**sublayer, 'largest_dim': j, 'largest_start_dim': j, 'share_of_norm': part}
+        for j, part in zip(dims, shares)
+    ]
+    return {'sublayers': sublayers, 'peak_sublayer': peak}
+
+
+BEFORE = measure.untrained_bounds(entry(ratio=(2, 2.5, 3), start=(2, 2.5, 3)))
+
+
+def judged(**changes):
+    """Returns the decoded and the depth reading of both objects."""
+    verdicts = measure.judge(entry(**changes), BEFORE)
+    return [verdicts[name][reading] for name in verdicts for reading in ('decoded', 'depth')]
+
+
+def test_both_objects_are_there_where_near_ends_are_three_times_apart():
+    assert judged() == [True] * 4
+    assert judged(ratio=(8.9, 10, 11)) == [False, False, True, True]
+    assert judged(start=(8.9, 10, 11)) == [True, True, False, False]
+
+
+def test_a_dimension_as_large_everywhere_is_no_start_token_outlier():
+    assert judged(relative=(1.4, 2, 3)) == [True, True, False, False]
+
+
+def test_along_the_depth_half_of_the_sublayers_must_share_their_dimension():
+    assert judged(dims=(4, 5, 4)) == [True] * 4
+    assert judged(dims=(4, 5, 6)) == [True, False, True, False]
+
+
+def test_a_nearly_empty_sublayer_does_not_count_along_the_depth():
+    assert judged(dims=(4, 5, 6), share=(0.09, 0.1, 1.0)) == [True] * 4  # two count, and half of two is one
+
+
+def test_what_has_no_interval_is_open():
+    assert judged(ratio=(None, 10, None), start=(None, 10, None)) == [None] * 4
+
+
+@pytest.mark.parametrize(
+    'place', ['measure_0.json', 'ckpt_0.pt', 'log.jsonl, step 0', 'no untrained weights']
+)
+def test_the_untrained_model_is_found_beside_the_run(here, undrawn, place):
+    run = Path('out/run')
+    os.rename(run / 'ckpt.pt', run / 'ckpt_0.pt')
+    command('--ckpt=out/run/ckpt_0.pt', f'--sequences={N}')  # as measure_0.json
+    write_checkpoint(run / 'ckpt.pt', Path('data'))
+    streams = report_in_file(run / 'measure_0.json')['streams']
+    values = {key: [s[key] for s in streams['h']['sublayers']] for key in HEADLINES[:-2]}
+    if place == 'log.jsonl, step 0':
+        (run / 'log.jsonl').write_text(
+            json.dumps({'iter': 0, 'tokens': 0, 'val_loss': 1, 'streams': {'h': values}}) + '\n'
+        )
+    if place != 'measure_0.json':
+        (run / 'measure_0.json').unlink()
+    if place != 'ckpt_0.pt':
+        (run / 'ckpt_0.pt').unlink()
+    printed = command('--ckpt=out/run', f'--sequences={N}')
+    untrained, verdict = report_in(run)['untrained'], report_in(run)['streams']['h']['outlier']
+    assert untrained['source'].startswith(place) and untrained['source'] in printed
+    if place == 'no untrained weights':
+        assert verdict['outlier_dimension']['decoded'] is True and '5.6' in printed
+    else:  # the same weights, so that nothing is three times above them
+        close(untrained['streams']['h']['kurtosis'], values['kurtosis'])
+        assert verdict['outlier_dimension']['decoded'] is False and (run / 'measure_0.json').exists() != (
+            place == 'log.jsonl, step 0'
+        )
+
+
+def test_the_difference_of_two_losses_is_taken_over_pairs_of_windows():
+    rng = np.random.default_rng(0)
+    hard = rng.normal(5, 1, 40)
+    data = {'seed': 0}
+    first, other = (
+        {'data': data, 'loss_by_sequence': x.tolist()} for x in (hard, hard + rng.normal(0.1, 0.01, 40))
+    )
+    q = measure.paired_difference(other, first)
+    close(q['value'], 0.1, rtol=0.05)
+    assert q['low'] > 0.09 and q['high'] < 0.11
+    assert measure.paired_difference({**other, 'data': {'seed': 1}}, first)['value'] is None
+
+
+# ---- a model of one's own
+
+
+class PlainGPT(torch.nn.Module):
+    """A GPT of plain torch layers that knows nothing of this repository."""
+
+    def __init__(self, vocab_size=100, n_embd=16, n_layer=3, block_size=12):
+        super().__init__()
+        self.tokens = torch.nn.Embedding(vocab_size, n_embd)
+        self.positions = torch.nn.Parameter(torch.randn(block_size, n_embd))
+        layer = torch.nn.TransformerEncoderLayer(n_embd, 2, 32, batch_first=True, norm_first=True, dropout=0)
+        self.blocks = torch.nn.ModuleList(copy.deepcopy(layer) for _ in range(n_layer))
+        self.head = torch.nn.Linear(n_embd, vocab_size)
+
+    def forward(self, idx):
+        x = self.tokens(idx) + self.positions[: idx.shape[1]]
+        mask = torch.nn.Transformer.generate_square_subsequent_mask(idx.shape[1])
+        for block in self.blocks:
+            x = block(x, src_mask=mask)
+        return self.head(x)
+
+
+def test_any_module_of_a_users_own_is_measured_in_ten_lines(tmp_path, capsys):
+    # As it stands in the README:
+    from figures import draw_profile
+    from measure import Statistics, collect, streams_report
+    from report import print_streams
+
+    model = PlainGPT()  # any module that takes token ids, (B, T)
+    batches = [torch.randint(100, (4, 12)) for _ in range(3)]  # any iterable of token ids
+    places = {'x': ['blocks.0', 'blocks.1', 'blocks.2']}  # the modules whose outputs are the stream
+    statistics = collect(model, batches, Statistics(topk=5, replicates=1000), streams=places)
+    streams = streams_report(statistics)
+    print_streams(streams)
+    draw_profile('my model', {'streams': streams}, tmp_path / 'profile.png')
+
+    x = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, inputs, output: x.append(output))
+    with torch.no_grad():
+        model(torch.cat(batches))
+    q, *_ = over_sequences(per_sequence(torch.stack(x).double().numpy()), np.ones(12))
+    for key, values in q.items():
+        close([sublayer[key] for sublayer in streams['x']['sublayers']], values)
+    top = streams['x']['sublayers'][2]['top'][0]
+    assert top['token'] == torch.cat(batches)[top['sequence'], top['position']]
+    assert 'x' in capsys.readouterr().out and (tmp_path / 'profile.png').exists()
+
+
+def test_the_input_of_a_module_can_be_a_stream_as_well():
+    model, batches = PlainGPT(), [torch.randint(100, (4, 12))]
+    places = {'in': ['blocks.1:input', 'blocks.2:input'], 'out': ['blocks.0', 'blocks.1']}
+    streams = streams_report(collect(model, batches, Statistics(5), streams=places))
+    assert streams['in']['sublayers'] == streams['out']['sublayers']
+
+
+@pytest.mark.parametrize(
+    'place, sentence', [('block.0', 'no module'), ('', 'no module'), ('blocks', 'nothing passed')]
+)
+def test_a_place_that_is_no_stream_is_said_in_a_sentence(place, sentence):
+    model = PlainGPT()
+    with pytest.raises(UserError, match=sentence):
+        collect(model, [torch.randint(100, (4, 12))], Statistics(5), streams={'x': [place]})
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 # ---- the command line
 
 
@@ -825,7 +1041,7 @@ MISTAKES = {  # what is done to the checkpoint, further flags, what the sentence
         'pos_emb.weight',
     ),
     'another vocabulary': (lambda path: write_dataset(Path('data'), 300), [], 'vocabulary of 300'),
-    'data that are not there': (lambda path: shutil.rmtree('data'), [], 'cannot read'),
+    'data that are not there': (lambda path: shutil.rmtree('data'), [], '--data'),
     'no sequences': (None, ['--sequences=0'], '--sequences'),
     'no largest': (None, ['--topk=0'], '--topk'),
     'more largest than there are': (None, [f'--topk={T * D + 1}'], '--topk'),
