@@ -11,6 +11,8 @@ The standard pictures of a run and of several, drawn from measure.json, comparis
 - comparison: the decoded stream of each run, at its largest and at the last sublayer.
 """
 
+import machine
+
 import argparse
 import json
 import math
@@ -351,7 +353,7 @@ def attempt(draw, path, *what):
         return [path.name]
     except Exception as error:  # whatever matplotlib or the file system may raise
         reason = str(error).splitlines() or [type(error).__name__]
-        print(
+        machine.say(
             f'{path.name} could not be drawn ({reason[0][:120]}): python figures.py {path.parent} tries again'
         )
         return []
@@ -390,10 +392,10 @@ def run(argv):
             suffix = path.stem.removeprefix('measure')
             log = path.with_name('log.jsonl') if suffix == '' else None
             drawn = draw_run(path.parent.resolve().name + suffix, path.parent, suffix, log)
-            print(f'{path.parent}: {", ".join(drawn)}')
+            machine.say(f'{path.parent}: {", ".join(drawn)}')
             found = True
         for path in sorted(top.rglob('comparison.json')):
-            print(f'{path.parent}: {", ".join(draw_comparison_of(path.parent))}')
+            machine.say(f'{path.parent}: {", ".join(draw_comparison_of(path.parent))}')
     if not found:
         folders = ', '.join(argv)
         raise UserError(

@@ -44,7 +44,7 @@ Vemula 2026, arXiv 2606.20743; [Z] Sun, Canziani, LeCun, Zhu 2026, arXiv 2603.05
 2410.10781.
 """
 
-import machine  # noqa: F401
+import machine
 
 import argparse
 import json
@@ -834,7 +834,7 @@ def run(argv):
 
 
 def say_written(folder, *names):
-    print(f'written: {os.path.relpath(folder)}/{", ".join(names)}')
+    machine.say(f'written: {os.path.relpath(folder)}/{", ".join(names)}')
 
 
 def common_folder(folders):

@@ -9,6 +9,8 @@ hold if they do in half of the sublayers with a share of norm of at least a tent
 same largest dimension.
 """
 
+from machine import say
+
 import figures
 from figures import HEADLINES, cell, short
 
@@ -112,21 +114,21 @@ def print_run(name, report, say_token=str):
     """Prints a run's table. say_token: token id → text."""
     data, loss, sink = report['data'], report['loss'], report['attention_sink']
     windows = f'{data["sequences"]} sequences of {data["block_size"]} tokens, {data["name"]} {data["split"]}'
-    print(f'\n{name}, iteration {report["iter_num"]}: {windows}, seed {data["seed"]}')
+    say(f'\n{name}, iteration {report["iter_num"]}: {windows}, seed {data["seed"]}')
     sentence = f'loss {cell(loss)} nats per token'
     if report.get('loss_per_byte'):
         sentence += f', {cell(report["loss_per_byte"])} per byte'
     if sink:
         sentence += f'; {cell(sink["fraction_of_heads"])} of the heads are attention sinks'
-    print(sentence)
+    say(sentence)
     if data.get('first_token') is not None:
-        print(f'position 0 is {say_token(data["first_token"])}, the token for the beginning of a text')
+        say(f'position 0 is {say_token(data["first_token"])}, the token for the beginning of a text')
     elif data['split'] == 'text':
-        print('position 0 is a token of the text, not one for its beginning')
+        say('position 0 is a token of the text, not one for its beginning')
     print_streams(report['streams'], say_token, report.get('untrained'))
     if 'untrained' in report:
-        print(f'\n{RULE} Untrained: {describe_source(report["untrained"])}.')
-        print(conclusion(report['streams']))
+        say(f'\n{RULE} Untrained: {describe_source(report["untrained"])}.')
+        say(conclusion(report['streams']))
 
 
 def print_streams(streams, say_token=str, untrained=None):
@@ -137,13 +139,13 @@ def print_streams(streams, say_token=str, untrained=None):
         before = untrained['streams'].get(stream, {}) if untrained else {}
         last = f'last: {s["sublayers"][-1]["kind"]} {len(s["sublayers"]) - 1}'
         headings = f'{"largest over sublayers":29}{"at":9}{last:29}{"untrained" * bool(before)}'
-        print(f'\n{title:23}{headings}'.rstrip())
+        say(f'\n{title:23}{headings}'.rstrip())
         for key, label in HEADLINES.items():
             if key not in figures.UNPRINTED and s[key]['value'] is not None:
-                print(table_row(label, s, s[key], before.get(key)))
+                say(table_row(label, s, s[key], before.get(key)))
         print_dimensions(s, say_token)
         for name, verdict in s.get('outlier', {}).items():
-            print(f'{OBJECTS[name]:23}{verdict_text(verdict)}')
+            say(f'{OBJECTS[name]:23}{verdict_text(verdict)}')
 
 
 def table_row(label, s, q, before):
@@ -157,16 +159,16 @@ def table_row(label, s, q, before):
 
 def print_dimensions(s, say_token):
     """Prints j* and j0 of a stream, whether they are certain, and its largest entry where m at j* peaks."""
-    print(f'{"dimensions":23}dominant j* {s["dominant_dim"]}, start j0 {s["start_dim"]}')
+    say(f'{"dimensions":23}dominant j* {s["dominant_dim"]}, start j0 {s["start_dim"]}')
     for symbol, share in {'j*': s['dominant_dim_share'], 'j0': s['start_dim_share']}.items():
         if share is not None and share < STABLE:
-            print(f'{"":23}{symbol} is uncertain: the same in {share:.0%} of the replicates')
+            say(f'{"":23}{symbol} is uncertain: the same in {share:.0%} of the replicates')
     peak = s['sublayers'][s['peak_sublayer']]
     if peak['top']:
         top = peak['top'][0]
         place = f'dimension {top["dim"]}, position {top["position"]}, {say_token(top["token"])}'
         after = f'{short(top["value"], 4)} after {peak["kind"]} {s["peak_sublayer"]}'
-        print(f'{"largest entry":23}{after}: {place}')
+        say(f'{"largest entry":23}{after}: {place}')
 
 
 def describe_source(untrained):
@@ -204,8 +206,8 @@ def conclusion(streams):
 
 
 def compare(reports, paired_difference):
-    """Returns what comparison.json holds of each run: its decoded stream, and {quantity: interval} of that. The
-    first run's difference from itself is None.
+    """Returns what comparison.json holds of each run: its decoded stream, and {quantity: interval} of that.
+    The first run's difference from itself is None.
 
     paired_difference(report, first): the interval of the difference between two losses on the same
     windows."""
@@ -246,7 +248,7 @@ def comparison_rows(columns):
 
 def print_comparison(columns):
     """columns: as compare returns them. Prints a column for each run, three beside one another."""
-    print('\ndecoded stream of each run: largest over the sublayers [95% interval over sequences]')
+    say('\ndecoded stream of each run: largest over the sublayers [95% interval over sequences]')
     names = list(columns)
     for i in range(0, len(names), 3):
         block = {name: columns[name] for name in names[i : i + 3]}
@@ -256,4 +258,4 @@ def print_comparison(columns):
 
 
 def print_row(label, texts):
-    print((f'{label:23}' + ''.join(f'{text:29}' for text in texts)).rstrip())
+    say((f'{label:23}' + ''.join(f'{text:29}' for text in texts)).rstrip())

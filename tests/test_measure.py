@@ -5,6 +5,7 @@ import copy
 import json
 import os
 import pickle
+import resource
 import shutil
 import zipfile
 from contextlib import redirect_stdout
@@ -34,6 +35,7 @@ from measure import (
 )
 from model import GPT, Attention, GPTConfig
 
+pytestmark = pytest.mark.usefixtures('one_thread')
 N, T, D = 10, 16, 20
 KINDS = ('attn', 'mlp', 'attn', 'mlp')
 SMALL = dict(block_size=T, vocab_size=257, n_layer=2, n_head=2, n_embd=D, gate_rank=3)
@@ -691,11 +693,11 @@ def test_measure_json_stays_small_at_the_published_size():
     statistics = Statistics(5, 20)
     for batch in (0, 1):
         statistics.begin(
-            2, 'cpu', torch.randint(50257, (2, 1024), generator=torch.Generator().manual_seed(batch))
+            2, 'cpu', torch.randint(50257, (2, 32), generator=torch.Generator().manual_seed(batch))
         )
         for s in range(24):
             for stream in 'DC':
-                statistics.add_stream(stream, s, torch.randn(2, 1024, 768))
+                statistics.add_stream(stream, s, torch.randn(2, 32, 768))
     streams = streams_report(statistics, KINDS * 6, 'C')
     for entry in streams.values():
         entry['landscape'] = measure.pooled(np.abs(noise(1024, 768)))
@@ -861,7 +863,7 @@ def test_the_input_of_a_module_can_be_a_stream_as_well():
 
 
 @pytest.mark.parametrize(
-    'place, sentence', [('block.0', 'no module'), ('', 'no module'), ('blocks', 'nothing passed')]
+    'place, sentence', [('block.0', 'no module'), ('head.weight', 'no module'), ('blocks', 'nothing passed')]
 )
 def test_a_place_that_is_no_stream_is_said_in_a_sentence(place, sentence):
     model = PlainGPT()
@@ -997,6 +999,22 @@ def test_data_that_changed_since_training_are_refused_unless_forced(here, undraw
     with pytest.raises(SystemExit, match='error: .*data is not the data.*--force'):
         command('--ckpt=out/run')
     assert 'run, iteration 3' in command('--ckpt=out/run', '--force', f'--sequences={N}')
+
+
+def test_runs_that_have_nothing_in_common_are_compared_in_the_working_folder():
+    assert measure.common_folder([Path('/a/b'), Path('/a/c')]) == Path('/a')
+    assert measure.common_folder([Path('/a/b'), Path('/c')]) == Path()
+
+
+def test_a_limit_on_the_size_of_files_is_noticed_before_measuring(here):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**19, limits[1]))
+    try:
+        with pytest.raises(SystemExit, match='cannot write to out/run .*--out'):
+            command('--ckpt=out/run')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name for path in Path('out/run').iterdir()} == {'ckpt.pt'}
 
 
 # ---- mistakes
