@@ -246,7 +246,10 @@ class Recipe:
 
     def train(self, run, gpu):
         command = ['train.py', run.config, f'--seed={run.seed}', f'--dataset={self.args.dataset}']
-        command += ['--snapshots=0', *self.args.settings, *run.settings]
+        settings = [*self.args.settings, *run.settings]
+        if not any(setting.startswith('--snapshots=') for setting in settings):
+            settings.append('--snapshots=0')
+        command += settings
         command += [f'--out_dir={self.folder(run)}', '--init_from=auto']
         if self.call(run, 'train', command, gpu, self.seconds_left() - self.args.reserve):
             self.add_job(0, run, self.measure)
