@@ -5,9 +5,8 @@ What differs from a textbook GPT-2:
 - what happens between sublayers is a residual operator, a class of four methods: start, read, update, decode;
 - `baseline` keeps one stream, h; `ledger` keeps two: Deliberation D, scratch that any sublayer may overwrite,
   and Commitment C, append-only, the only one that is decoded (Vemula 2026, arXiv 2606.20743);
-- RMSNorm instead of LayerNorm, no biases in attention or head, an untied head, optional RMSNorm on queries
-and
-  keys;
+- RMSNorm instead of LayerNorm, optional RMSNorm on queries and keys;
+- no biases in attention or head, and an untied head;
 - a sublayer returns its streams, so that a forward hook on it sees them;
 - `arm` names files in arms/ whose classes take the place of some of these (arms/__init__.py says how).
 
@@ -67,15 +66,14 @@ class GPTConfig:
         if self.n_embd % self.n_head:
             text = f'n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}'
             raise UserError(f'{text}: every head has n_embd / n_head dimensions', 'n_embd')
-        if not 0 <= self.commit_sparsity < math.inf:
-            text = f'commit_sparsity is {self.commit_sparsity}: expected 0 or more'
-            raise UserError(text, 'commit_sparsity')
-        if not 0 < self.commit_ramp < math.inf:
-            text = f'commit_ramp is {self.commit_ramp}: expected a number above 0'
-            raise UserError(text, 'commit_ramp')
-        if not math.isfinite(self.decode_gamma):
-            text = f'decode_gamma is {self.decode_gamma}: expected a finite number'
-            raise UserError(text, 'decode_gamma')
+        ranges = {
+            'commit_sparsity': (0 <= self.commit_sparsity < math.inf, '0 or more'),
+            'commit_ramp': (0 < self.commit_ramp < math.inf, 'a number above 0'),
+            'decode_gamma': (math.isfinite(self.decode_gamma), 'a finite number'),
+        }
+        for name, (is_in_range, expected) in ranges.items():
+            if not is_in_range:
+                raise UserError(f'{name} is {getattr(self, name)}: expected {expected}', name)
         check_arms(self.arm)
         for name, parent in RESIDUALS.items():
             if self.arm and name != self.residual and issubclass(operator_of(self), parent):

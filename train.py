@@ -468,8 +468,9 @@ class Run:
         if self.config.wandb and self.world.rank == 0:
             self.wandb = open_wandb(self.config, self.say)
         own = self.own_sequences // self.micro_batch
+        name = f'{self.config.residual} {self.config.arm}'.strip()
         self.say(
-            f'{self.config.out_dir}: {self.config.residual}, {self.model.num_params() / 1e6:.1f}M '
+            f'{self.config.out_dir}: {name}, {self.model.num_params() / 1e6:.1f}M '
             f'parameters, {self.dtype}, {self.world}, {self.config.batch_size} sequences of '
             f'{self.config.block_size} tokens a step as {self.world.size} × {own} × {self.micro_batch}'
         )

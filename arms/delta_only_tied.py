@@ -4,7 +4,8 @@ delta_only with one gate, w = e: h ← h + e ⊙ (y + U_g V_g y − k (kᵀh)).
 What is written where is what is erased there, as in the delta rule of fast weights. The source (arXiv
 2606.20743) does not say how a tied gate starts. Here it starts as the write gate does, nearly open (b = +3):
 nearly closed, as an erase gate, it would let almost nothing through at first. At 160m the arm has 7.1M
-parameters more than the baseline (4.4%)."""
+parameters more than the baseline (4.4%).
+"""
 
 import torch
 import torch.nn.functional as F

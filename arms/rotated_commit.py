@@ -10,9 +10,9 @@ other start values of a ledger of the same seed, and its size, 175M parameters a
 checkpoint, which holds it once, since the last bits of a QR decomposition depend on the machine.
 
 Q multiplies in the precision of the step's other products. Under bfloat16 autocast its entries, what it
-rotates and the result are rounded to 8 bits, each with a relative error of up to 0.4%, and the sums are
-float32. A measurement runs in float32.
-"""
+rotates and the result are rounded to 8 bits and the sums are float32. What a commit adds is then 0.3% off;
+where one dimension of D is 100 times the others, those are 0.9% off in Qᵀ C. A measurement runs in float32,
+where Q is orthogonal to 2e-8."""
 
 import torch
 import torch.nn as nn

@@ -71,8 +71,9 @@ def logits_of(model):
     return model(batch()[0]).numpy()
 
 
-def gradients(model):
-    objective, loss, _ = model(*batch())
+def gradients(model, device='cpu'):
+    """Returns the gradients of the objective by name."""
+    objective, loss, _ = model(*batch().to(device))
     objective.backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
@@ -180,6 +181,20 @@ def test_bf16_autocast_trains_close_to_float32_with_streams_in_the_precision_ask
             streams = observe(model, batch()[0])[1][-1][0]
         assert (found - expected).norm() < 0.1 * expected.norm()
         assert {x.dtype for x in streams.values()} == {torch.bfloat16 if bf16_streams else torch.float32}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('arm', ['rope_swiglu', 'rotated_commit', 'softmax_one', 'value_scale'])
+def test_compiled_bf16_on_a_gpu_trains_close_to_eager_float32(arm):
+    torch.compiler.reset()
+    model = shaken(arm, std=0.1, dtype=torch.float32, n_layer=1, n_embd=64, block_size=8).cuda()
+    expected = gradients(model, 'cuda')
+    model.zero_grad()
+    model.compile(fullgraph=True)
+    with torch.autocast('cuda', torch.bfloat16):
+        found = gradients(model, 'cuda')
+    expected, found = (torch.cat([g.flatten() for g in side.values()]) for side in (expected, found))
+    assert (found - expected).norm() < 0.1 * expected.norm()
 
 
 @pytest.mark.parametrize('arm', arm_names())
