@@ -1082,7 +1082,7 @@ def is_known(sublayer):
 def fast(model):
     """Returns as_fast(model); or None if the kernels cannot run at the model's widths or on its device,
     or if they do not compute the model's formulas: model.py is there to be changed."""
-    config, device = model.config, model.norm.weight.device
+    config, device = model.config, model.head.weight.device
     has_known_parts = all(map(is_known, model.sublayers))
     if not has_known_parts or config.gate_rank > RANKS[-1] or config.n_embd % 16:
         return None
