@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from data.loader import philox
-from measure import hooked, number, topk_first
+from measure import hooked, number
 from model import GPT
+from streams import topk_first
 
 QUANTILES = (0.9999, 0.999, 0.99, 0.9)
 CONTROLS = ('random', 'median', 'other', 'moved')

@@ -1,5 +1,5 @@
-"""The specification of measure.py. The README's definitions are computed again in numpy, float64, over all of a stream at once:
-X is (S, N, T, d), sublayers × sequences × tokens × dimensions."""
+"""The specification of measure.py. The README's definitions are computed again in numpy, float64, over all of
+a stream at once: X is (S, N, T, d), sublayers × sequences × tokens × dimensions."""
 
 import copy
 import json
@@ -22,18 +22,19 @@ import torch
 import measure
 from checkpoint import build_model, find_checkpoints, load_checkpoint
 from data.loader import Tokens, UserError
+from hooks import attention_sink
 from measure import (
     Statistics,
     bootstrap_weights,
     collect,
-    print_run,
-    row_median,
     stream_report,
     streams_report,
     training_record,
     window_batches,
 )
 from model import GPT, Attention, GPTConfig
+from report import print_run
+from streams import row_median
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 N, T, D = 10, 16, 20
@@ -90,8 +91,9 @@ def write_dataset(folder, vocab_size=257, seed=0):
 
 
 def write_checkpoint(path, data, closed=(), **settings):
-    """Saves a random model with outliers, on the start token, in all tokens, in all tokens from sublayer 1 on and from 3 on, and with a head
-    whose queries look for the first of them. closed: the sublayers whose commit gate is exactly 0."""
+    """Saves a random model with outliers, on the start token, in all tokens, in all tokens from sublayer 1 on
+    and from 3 on, and with a head whose queries look for the first of them. closed: the sublayers whose
+    commit gate is exactly 0."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**SMALL, **settings}))
     with torch.no_grad():
@@ -160,7 +162,8 @@ def observe(model, idx):
 
 @pytest.fixture(scope='module')
 def measured(tmp_path_factory):
-    """Three arms measured by one command on N sequences, and what was to be seen of each. The ledger has a log whose last line is still being written."""
+    """Three arms measured by one command on N sequences, and what was to be seen of each. The ledger has a
+    log whose last line is still being written."""
     root = tmp_path_factory.mktemp('measured')
     write_dataset(root / 'data')
     tokens = Tokens(root / 'data', 'val', T, 257)
@@ -228,7 +231,8 @@ def per_sequence(X):
 
 
 def over_sequences(sequences, weights):
-    """Returns {quantity: (S,)}, {quantity: the sublayer to quote} and {quantity of the whole stream: number} of weighted sequences."""
+    """Returns {quantity: (S,)}, {quantity: the sublayer to quote} and {quantity of the whole stream: number}
+    of weighted sequences."""
     q = {
         name: np.einsum('n,sn...->s...', weights / weights.sum(), value) for name, value in sequences.items()
     }
@@ -261,7 +265,8 @@ def over_sequences(sequences, weights):
 
 
 def largest(a, k):
-    """a: (N, T, d). Returns the k largest as (value, sequence, position, dimension), ties from the lowest place on."""
+    """a: (N, T, d). Returns the k largest as (value, sequence, position, dimension), ties from the lowest
+    place on."""
     order = np.argsort(-a, axis=None, kind='stable')[:k]
     return [(a.flat[i], *map(int, np.unravel_index(i, a.shape))) for i in order]
 
@@ -367,7 +372,7 @@ def test_a_learned_key_takes_its_share_of_the_probability_and_counts_as_no_posit
     p = np.tri(5) * np.exp((q @ k.mT).numpy() / np.sqrt(3))
     learned = np.exp(np.einsum('bhtn,hn->bht', q, attention.bias_k.detach().view(2, 3)) / np.sqrt(3))
     close(
-        measure.attention_sink(attention, q, k).detach(),
+        attention_sink(attention, q, k).detach(),
         (p[..., 0] / (p.sum(-1) + learned)).mean(-1),
         rtol=1e-12,
     )
@@ -719,7 +724,8 @@ def test_the_landscape_keeps_the_largest_of_each_block_and_position_0_alone():
 
 
 def entry(ratio=(9, 10, 11), start=(9, 10, 11), relative=(1.6, 2, 3), share=1.0, dims=(4, 4, 4), peak=0):
-    """A stream of measure.json with three equal sublayers, but for their largest dimensions and shares of norm."""
+    """A stream of measure.json with three equal sublayers, but for their largest dimensions and shares of
+    norm."""
     quantities = {'fixed_dim_ratio': ratio, 'start_ratio': start, 'relative_start_concentration': relative}
     sublayer = {key: value for key, (_, value, _) in quantities.items()}
     sublayer['intervals'] = {key: [low, high] for key, (low, _, high) in quantities.items()}
