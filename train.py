@@ -179,8 +179,7 @@ class Run:
             self.compile_parts()
         self.wrapped = self.step_model
         if self.world.size > 1:
-            # fewer, larger exchanges: results/h100/buckets.json
-            # Buffers are constants of an arm, the same everywhere.
+            # Fewer, larger exchanges (results/h100/buckets.json). Buffers are an arm's constants.
             how = {'gradient_as_bucket_view': True, 'bucket_cap_mb': 100, 'broadcast_buffers': False}
             self.wrapped = DistributedDataParallel(self.step_model, **how)
         self.optimizer = arm_part(config, 'make_optimizer', make_optimizer)(self.model, config)
@@ -380,7 +379,6 @@ class Run:
 
     def record(self, pace):
         """Evaluates, and says so in log.jsonl and on the console. Raises if a loss is not finite."""
-        self.check_finite()
         line = {**self.evaluate(), **self.speed(*pace.since_last_log())}
         self.folder.log(line)
         self.to_wandb(line)
@@ -426,7 +424,6 @@ class Run:
     def save(self, planned):
         """Writes ckpt.pt and, if it was planned and is the best so far, ckpt_best.pt. What is best depends
         on no signal. A checkpoint that was not planned has no evaluation to take its loss from."""
-        self.check_finite()
         if not planned:
             self.val_loss = self.losses('val')[0]
             self.refuse_infinite_loss(self.val_loss)
@@ -573,6 +570,7 @@ def take_steps(run, received):
         is_line = run.is_due(it) and (is_new or not run.is_logged)
         is_snapshot = it in run.snapshots
         if is_line or is_snapshot or is_save:
+            run.check_finite()  # waits for the device: here the steps end, and the pause begins
             with pace.pause():
                 if is_line:
                     run.record(pace)
@@ -598,7 +596,8 @@ def main(argv=None):
     except UserError as error:
         sys.exit(f'error: {error}')
     except KeyboardInterrupt:
-        sys.exit('error: stopped before the first step: nothing was written')
+        machine.complain('stopped before the first step')
+        sys.exit(128 + signal.SIGINT)
     except torch.cuda.OutOfMemoryError:
         sys.exit(
             'error: the GPU has too little memory for this micro_batch: lower it with --micro_batch, the run '

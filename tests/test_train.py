@@ -481,7 +481,7 @@ def test_a_process_that_is_terminated_saves_and_a_resume_makes_up_for_it(tmp_pat
         'stopped by SIGTERM after iteration [0-9]+: go on with --init_from=resume',
         process.stdout.readlines()[-1],
     )
-    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert process.wait(timeout=600) == 128 + signal.SIGTERM
     run(dataset, tmp_path / 'out', init_from='resume', **settings)
     run(dataset, tmp_path / 'undisturbed', **settings)
     assert same_state(tmp_path / 'out' / 'ckpt.pt', tmp_path / 'undisturbed' / 'ckpt.pt')
@@ -493,7 +493,7 @@ def test_two_processes_are_one(tmp_path, dataset):
         TORCHRUN + flags(dataset, tmp_path / 'two', micro_batch=2, **settings),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert launched.returncode == 0, launched.stderr
     assert (
