@@ -24,7 +24,8 @@ from checkpoint import build_model, load_checkpoint, read_log
 from data.loader import Tokens, UserError, atomic_write, dataset_folder, read_meta
 from figures import HEADLINES, STREAM_STYLE, figure
 from measure import number
-from studies.emergence import ranks, text
+from studies import science
+from studies.emergence import text
 from studies.intervene import evaluate, label
 
 RATIOS = ('start_ratio', 'fixed_dim_ratio')
@@ -51,17 +52,11 @@ def halfway(steps, values):
     return number(np.interp(0.5, way[i - 1 : i + 1], steps[i - 1 : i + 1])) if i else None
 
 
-def spearman(x, y, permutations=10_000):
-    """Returns the rank correlation and the share of permutations in which it is at least as large in magnitude; None where a side is constant or short."""
-    if len(x) < FEWEST - 1:
+def spearman(x, y):
+    """x, y: (n,). Returns their rank correlation and its p-value, or two None where one is constant or short."""
+    if len(x) < FEWEST - 1 or not np.ptp(x) or not np.ptp(y):
         return None, None
-    a, b = (r - r.mean() for r in (ranks(x), ranks(y)))
-    if not a.any() or not b.any():
-        return None, None
-    shuffled = np.array([np.random.default_rng(i).permutation(b) for i in range(permutations)])
-    norm = math.sqrt((a @ a) * (b @ b))
-    rho = (a @ b) / norm
-    return number(rho), number((1 + (abs(shuffled @ a) / norm > abs(rho) - 1e-12).sum()) / (1 + permutations))
+    return number(science.rank_correlation(x, y)), number(science.rank_correlation_p(x, y))
 
 
 def analyse(steps, by_class, mean, ratios):
