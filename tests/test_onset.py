@@ -2,19 +2,16 @@
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
 from model import GPT, GPTConfig
 from studies import onset
 
-SOURCE = (
-    b'def f(x):\n    return x + 1  # one\n\n' * 40
-)  # windows of as many bytes as it repeats after hold each class as often
+# Windows of as many bytes as it repeats after hold each class as often.
+SOURCE = b'def f(x):\n    return x + 1  # one\n\n' * 40
 
 
 def test_the_rank_correlation_is_that_of_the_textbook_and_a_permutation_is_rarely_as_good():
