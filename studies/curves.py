@@ -91,6 +91,7 @@ class Family:
     parameters: int  # besides the variance of the noise
     columns: Callable = None  # None: the constant alone
     box: Callable = None  # (log of the first step above 0, log of the last) → the range of each θ
+    starts: int = 2  # of the search: more where the residual is a long valley
 
 
 FAMILIES = {
@@ -98,9 +99,9 @@ FAMILIES = {
     'logarithm': Family(3, columns_logarithm, lambda low, high: [(low - 4, high + 2)]),
     'first order': Family(3, columns_first, lambda low, high: [(low - 1, high + 3)]),
     'second order': Family(
-        4, columns_second, lambda low, high: [(-high - 2, -low + 2), (math.log(0.05), math.log(20))]
+        4, columns_second, lambda low, high: [(-high - 2, -low + 2), (math.log(0.05), math.log(20))], starts=3
     ),
-    'f': Family(5, columns_f, lambda low, high: [(-high - 4, -low + 1), (low - 4, high + 2)]),
+    'f': Family(5, columns_f, lambda low, high: [(-high - 4, -low + 1), (low - 4, high + 2)], starts=8),
 }
 
 
@@ -166,23 +167,23 @@ def follow_valley(columns, box, t, y, starts):
     best, least = None, math.inf
     for start in starts:
         found = science.least_squares(
-            lambda theta: residual_vector(columns(np.clip(theta, low, high), t), y),
-            start,
-            method='lm',
-            xtol=1e-12,
-            ftol=1e-12,
+            lambda theta: residual_vector(columns(np.clip(theta, low, high), t), y), start
         )
-        for theta in (start, np.clip(found.x, low, high)):
+        for theta in (start, np.clip(found, low, high)):
             value = residual(columns(theta, t), y)
             if value < least:
                 best, least = theta, value
     return best
 
 
-def search(columns, box, t, y):
-    """y: (S, n). Returns (S, p): for each series the θ in the box with the least residual."""
+def search(columns, box, t, y, most=8):
+    """y: (S, n). Returns (S, p): for each series the θ in the box with the least residual.
+
+    most: how many of the best starts are followed."""
     starts = valley_starts(columns, box, t, y)
-    return np.stack([follow_valley(columns, box, t, *pair) for pair in zip(y, starts)])
+    order = residual(columns(starts, t), y[:, None]).argsort(1, kind='stable')[:, :most]
+    best_starts = np.take_along_axis(starts, order[..., None], 1)
+    return np.stack([follow_valley(columns, box, t, *pair) for pair in zip(y, best_starts)])
 
 
 def jacobian(t, beta, tau, A1, log_gamma):
@@ -329,7 +330,8 @@ def fit_group(t, y):
     thetas = {}
     for name, family in FAMILIES.items():
         if family.columns:
-            thetas[name] = search(family.columns, family.box(math.log(first), math.log(t[-1])), t, y)
+            box = family.box(math.log(first), math.log(t[-1]))
+            thetas[name] = search(family.columns, box, t, y, family.starts)
     total = residual(np.zeros((0, len(t))), y)
     dense = np.unique(np.concatenate([t, np.geomspace(first, t[-1], 400)]))
     return [

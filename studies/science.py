@@ -18,9 +18,11 @@ def scipy(part):
         raise UserError('this study needs scipy: pip install -r requirements-dev.txt') from None
 
 
-def least_squares(function, start, **settings):
-    """Returns what scipy.optimize.least_squares finds from `start`."""
-    return scipy('optimize').least_squares(function, start, **settings)
+def least_squares(function, start):
+    """Returns the point of least squares that MINPACK's Levenberg–Marquardt reaches from `start`, (p,).
+
+    function: from (p,) to the residuals, (n,) with n at least p."""
+    return scipy('optimize').leastsq(function, start, xtol=1e-9, ftol=1e-9)[0]
 
 
 def t_quantile(probability, freedom):

@@ -55,3 +55,20 @@ def signal_handlers():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures as they are when written."""
+    from matplotlib.figure import Figure
+
+    figures = []
+
+    def look(figure, *_, **__):
+        figure.draw_without_rendering()
+        title = figure._suptitle.get_window_extent()
+        assert 0 <= title.x0 and title.x1 <= figure.bbox.x1, 'the title is cut off'
+        figures.append(figure)
+
+    monkeypatch.setattr(Figure, 'savefig', look)
+    return figures
