@@ -2,9 +2,8 @@
 What every token of a window is, told by rule: its class, and its place in lines of Python source or in
 English sentences.
 
-    classify(ids, encoding, language)     the class of each token: keyword, name, … or function word,
-    content word, … structure(ids, encoding, language)    where it stands: brackets, strings and lines, or
-    words, sentences and paragraphs
+    classify(ids, encoding, language)     the class of each token: keyword, name, … or function word, …
+    structure(ids, encoding, language)    where it stands: brackets and lines, or sentences and paragraphs
 
 - The language of a data set is told from its meta.json: Python for what data/pysource makes, English for
   all else.
@@ -202,11 +201,14 @@ def read_window(ids, encoding, language, starts_with_special=False):
 
 
 def classify(ids, encoding, language, starts_with_special=False):
-    """ids: (T,) token ids of one window.
-
-    Returns (T,) int64: the place of each token's class in CLASSES[language].
+    """ids: (T,) token ids of one window. Returns (T,) int64: the place of each token's class in
+    CLASSES[language].
     """
-    window = read_window(ids, encoding, language, starts_with_special)
+    return classes_in(read_window(ids, encoding, language, starts_with_special), language)
+
+
+def classes_in(window, language):
+    """As classify, of a Window."""
     place = CLASSES[language].index
     of_blanks = np.where(window.holds(window.newline), place('line end'), place('white space'))
     kind = np.where(window.holds(~window.blank), window.at_tokens(window.kind), of_blanks)
@@ -217,24 +219,27 @@ def structure(ids, encoding, language='python', starts_with_special=False):
     """ids: (T,) token ids of one window. Returns {name: (T,)}, for Python:
 
     line_start: bool, whether the token holds the first byte of a line that is not blank.
-    bracket_depth: 0, 1, 2, or 3 for 3 and more brackets open before it, as far as the window shows.
+    bracket_depth: how many brackets are open before it as far as the window shows, 3 for 3 and more.
     inside: 0 code, 1 string, 2 comment, at its first byte that is not blank.
     since_line: tokens since the last one that held a line end, 0 for the first; or else since the document
-    or the window began.
+        or the window began.
 
     And for English:
 
-    sentence_start, paragraph_start: bool, whether the token holds the first character, quotes included, of
-    a sentence or a paragraph. sentence_end: bool, whether it holds the last character, quotes included, of
-    a sentence. word_in_sentence: how many words and numbers of its sentence stand before the token's word;
-    of the document or the window where
-        that cuts the sentence.
+    sentence_start, paragraph_start: bool, whether the token holds the first character, quotes included.
+    sentence_end: bool, whether it holds the last character of a sentence, quotes included.
+    word_in_sentence: how many words and numbers of its sentence stand before the token's word, as far as
+        the window shows.
     capitalized: bool, whether the token's word, of which it may be any part, begins with a capital letter.
     since_line: tokens since the last one that held the end of a sentence, or of a line outside of sentences.
 
     What the window cuts has no start and no end. An end of text is 0 and False.
     """
-    window = read_window(ids, encoding, language, starts_with_special)
+    return structure_in(read_window(ids, encoding, language, starts_with_special), language)
+
+
+def structure_in(window, language):
+    """As structure, of a Window."""
     found = {name: window.holds(flags) for name, flags in window.starts.items()}
     if language == 'python':
         found['bracket_depth'] = np.minimum(window.at_tokens(window.values['depth']), 3)
@@ -272,6 +277,7 @@ def describe(tokens, starts, encoding, language):
     for start in starts:
         idx, targets = tokens.windows([start])
         ids = np.append(idx[0].numpy(), targets[0, -1])
-        kinds.append(classify(ids, encoding, language, starts_with_special))
-        found.append(structure(ids, encoding, language, starts_with_special))
+        window = read_window(ids, encoding, language, starts_with_special)
+        kinds.append(classes_in(window, language))
+        found.append(structure_in(window, language))
     return np.stack(kinds), {name: np.stack([window[name] for window in found]) for name in found[0]}

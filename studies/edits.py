@@ -1,14 +1,15 @@
 """
-Edits of a model's streams while it runs: what is changed, what stands beside it as a control, and the
-losses that follow.
+Edits of a model's streams: what is changed, what stands beside it as a control, and how a running model
+makes the change.
 
-studies/intervene.py decides what is tried and says what came of it; here it is done. Whatever an edit needs
-to know about the streams without an edit is in a Reference.
+studies/intervene.py says what the words mean, and what came of it. Everything that an edit needs to know
+about the streams without it is in a Reference.
 """
 
 import math
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 import torch
@@ -50,16 +51,15 @@ class Reference:
     cuts. S sublayers, T tokens, d dimensions, N evaluated sequences, k entries that an edit changes.
 
     mean, magnitude: {stream: (S + 1, T, d)}, over sequences.
-    limit: {stream: (S + 1, quantiles)}, the quantiles of the magnitudes of a sequence, averaged over
-    sequences. own: {stream: (S + 1, N, k)}, places in T · d of the largest magnitudes of each evaluated
-    sequence. exceeds: {stream: (S + 1, quantiles, N, T)} bool, whether an entry of that token is above the
-    limit.
+    limit: {stream: (S + 1, quantiles)} of the magnitudes of a sequence, averaged over sequences.
+    own: {stream: (S + 1, N, k)}, places in T · d of the largest magnitudes of each evaluated sequence.
+    exceeds: {stream: (S + 1, quantiles, N, T)} bool, whether an entry of that token is above the limit.
     """
 
     @torch.no_grad()
     def __init__(self, model, tokens, starts, evaluated, k, batch_size, seed):
-        """starts: (M,) of the windows that are not evaluated. evaluated: (N,) of those that are. k:
-        entries an edit changes.
+        """starts: (M,) of windows that are not evaluated. evaluated: (N,) of those that are.
+        k: how many entries an edit changes.
         """
         self.seed, self.k, self.T, self.d = seed, k, tokens.block_size, model.n_embd
         self.S = len(model.sublayers)
@@ -255,18 +255,15 @@ def stream_trials(reference, stream, s, hows):
     S, level, trials = reference.S, s + 1, []
     reaches = {'once': (level,), 'downstream': tuple(range(level, S + 1))}
     here = {'top': (None, ()), **reference.pick(stream, level)}
-    for what, (positions, dims) in here.items():
-        for how in hows:
-            for reach, levels in reaches.items():
-                if how != 'clip':
-                    own = level if what == 'top' else 0
-                    edit = Edit('stream', stream, levels, how, dims, positions, own)
-                    trials.append(trial(reference, edit, what, reach, s, level))
-    if 'clip' in hows:
-        for reach, levels in reaches.items():
-            for quantile in QUANTILES:
-                edit = Edit('stream', stream, levels, 'clip', quantile=quantile)
-                trials.append(trial(reference, edit, 'all', reach, s, level))
+    replacing = [how for how in hows if how != 'clip']
+    for what, how, reach in product(here, replacing, reaches):
+        positions, dims = here[what]
+        own = level if what == 'top' else 0
+        edit = Edit('stream', stream, reaches[reach], how, dims, positions, own)
+        trials.append(trial(reference, edit, what, reach, s, level))
+    for reach, quantile in product(reaches, QUANTILES if 'clip' in hows else ()):
+        edit = Edit('stream', stream, reaches[reach], 'clip', quantile=quantile)
+        trials.append(trial(reference, edit, 'all', reach, s, level))
     return trials
 
 
@@ -285,12 +282,8 @@ def reader_trials(reference, stream, s, hows, has_reads, is_alone):
         edit = Edit(where, stream, levels, how, dims, positions, quantile=quantile)
         trials.append(trial(reference, edit, what, reach, s, chosen_at))
 
-    for how in hows:
-        if how == 'clip':
-            for where in ('reads', 'decoder'):
-                for quantile in QUANTILES:
-                    add(where, 'all', how, quantile=quantile)
-            continue
+    replacing = [how for how in hows if how != 'clip']
+    for how in replacing:
         for what, (positions, dims) in here.items():
             add('reads', what, how, level, positions, dims)
             add('decoder', what, how, level, positions, dims)
@@ -298,6 +291,8 @@ def reader_trials(reference, stream, s, hows, has_reads, is_alone):
                 add('decoder', f'last {what}', how, S, *last[what])
         if not is_alone:
             add('reads', 'all', how, level, None, tuple(range(reference.d)))
+    for where, quantile in product(('reads', 'decoder'), QUANTILES if 'clip' in hows else ()):
+        add(where, 'all', 'clip', quantile=quantile)
     return trials
 
 
@@ -319,10 +314,11 @@ def plan_sweep(reference, stream, sublayers):
 
 
 class Editor:
-    """Makes one edit in one pass of a model. mask, source: what Reference.aim returns.
+    """Makes one edit in one pass of a model.
 
-    added: what `moved` has added to the stream so far. Downstream, each level is to differ by its own
-    change, and not by the sum of them all, so that what the levels before have added is taken away first.
+    mask, source: what Reference.aim returns.
+    added: what `moved` has added to the stream so far. Downstream, each level is to differ by its own change,
+        and not by the sum of them all, so that what the levels before have added is taken away first.
     """
 
     def __init__(self, edit, reference, mask, source):
@@ -334,6 +330,7 @@ class Editor:
         return self.changed(level, x.float()).to(x.dtype)
 
     def changed(self, level, x):
+        """As change, in float32."""
         if self.source is None:
             return self.reference.change(self.edit, level, x, self.mask)
         if self.edit.where == 'stream' and level != self.edit.levels[0]:

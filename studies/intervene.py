@@ -3,7 +3,8 @@ What is the outlier for? Changes the massive entries of a model's streams, and s
 table, intervene.json, figures.
 
     python -m studies.intervene --ckpt out/ledger_160m
-        every stream, at the sublayer where its outlier stands out most
+        every stream, at the sublayer where its outlier stands out most, and of the decoded one what the head
+        and sublayers read
     python -m studies.intervene --ckpt out/ledger_160m --stream=C --sublayer=3 --how=zero --top=1
 
 What is changed (`what`):
@@ -49,12 +50,11 @@ intervene.json:
      attention: {sequences, unedited: heads, edits: [{stream, what, …, heads, control: heads}],
                  constancy: {position: {constancy: 0 to 1, norm: root mean square, by_layer}}},
      samples: [{prompt, unedited, edits: [{stream, what, …, text, control}]}]}
-    heads: sink: the mean probability of position 0, and by_layer. The control of attention and samples is
-    `moved`. result: {stream, sublayer, where, what, how, reach, entries: [[position or null, dimension]],
-    share, standout,
-             edit: outcome, controls: {name: outcome}}
-             entries of `top` are the most frequent, and share is that of the sequences that have the first;
-             else null
+    heads: {sink: the mean probability of position 0, by_layer}
+    The control of attention and samples is `moved`.
+    result: {stream, sublayer, where, what, how, reach, entries: [[position or null, dimension]], share,
+             standout, edit: outcome, controls: {name: outcome}}
+             entries of `top` are the most frequent; share is that of the sequences with the first, or null
     outcome: {loss, perplexity, ratio, edited, later: {value, low, high} or null,
               by: {breakdown: {label: [change of loss, low, high]}}}
 Breakdowns are the class of the predicted token and its since_line, in English its place in the sentence,
@@ -83,8 +83,8 @@ from measure import (
     Statistics,
     bootstrap_weights,
     command,
-    headline,
     hooked,
+    interval,
     number,
     sequences_at_once,
     window_batches,
@@ -97,9 +97,8 @@ from studies.intervene_report import draw_classes, draw_ratios, is_detailed, pri
 CALIBRATION, ENOUGH = 128, 8
 FEW = 5  # sequences below which there is no interval
 PROMPTS, NEW_TOKENS = 3, 40  # continuations
-HOWS = {how: (how,) for how in ('zero', 'mean', 'overall', 'clip')} | {
-    'all': ('zero', 'mean', 'overall', 'clip')
-}
+EVERY_HOW = ('zero', 'mean', 'overall', 'clip')
+HOWS = {**{how: (how,) for how in EVERY_HOW}, 'all': EVERY_HOW}
 TOKENS_AT_ONCE = {'cpu': 4096, 'cuda': 8192}
 # Positions, and tokens since a line end, fall into these.
 EDGES = (1, 2, 8, 32, 128, 512)
@@ -110,7 +109,7 @@ PLACES = ('within a sentence', 'sentence end', 'sentence start', 'paragraph star
 # ---- What comes of it
 
 
-def interval(weights, values, mask, scale=lambda means: means):
+def mean_with_interval(weights, values, mask, scale=lambda means: means):
     """weights: (R, N) of the bootstrap. values: (N, T). mask: (N, T) bool, those that count.
 
     Returns {value, low, high} of scale(their mean), over the replicates that have drawn any; low and high
@@ -119,13 +118,10 @@ def interval(weights, values, mask, scale=lambda means: means):
     if not counts[0]:
         return None
     drawn = counts > 0
-    found = headline(scale(totals[drawn] / counts[drawn]))
-    has_interval = mask.any(1).sum() >= FEW
-    return {
-        'value': found['value'],
-        'low': found['low'] if has_interval else None,
-        'high': found['high'] if has_interval else None,
-    }
+    found = interval(scale(totals[drawn] / counts[drawn]))
+    if mask.any(1).sum() < FEW:
+        found |= {'low': None, 'high': None}
+    return found
 
 
 def outcome(before, after, is_edited, weights, labels):
@@ -134,14 +130,17 @@ def outcome(before, after, is_edited, weights, labels):
     is_later = ~is_edited & np.logical_or.accumulate(is_edited, 1)
 
     def change_by(places, names):
-        return {names[i]: list(interval(weights, change, places == i).values()) for i in np.unique(places)}
+        return {
+            names[i]: list(mean_with_interval(weights, change, places == i).values())
+            for i in np.unique(places)
+        }
 
     return {
         'loss': number(loss),
         'perplexity': number(np.exp(loss)),
-        'ratio': interval(weights, change, np.ones_like(is_edited), np.exp),
-        'edited': interval(weights, change, is_edited),
-        'later': interval(weights, change, is_later),
+        'ratio': mean_with_interval(weights, change, np.ones_like(is_edited), np.exp),
+        'edited': mean_with_interval(weights, change, is_edited),
+        'later': mean_with_interval(weights, change, is_later),
         'by': {name: change_by(*breakdown) for name, breakdown in labels.items()},
     }
 
@@ -516,7 +515,7 @@ def intervene(run, args):
             'seed': args.seed,
         },
         'evaluations': evaluations,
-        'loss': interval(setting.weights, before.astype(np.float64), np.ones_like(before, bool)),
+        'loss': mean_with_interval(setting.weights, before.astype(np.float64), np.ones_like(before, bool)),
         'perplexity': number(np.exp(before.mean(dtype=np.float64))),
         'sweep': in_sweep,
         'results': results,

@@ -9,9 +9,9 @@ What do the massive dimensions encode? Probes on a stream of a checkpoint → ta
 A probe is told the values that some dimensions of a stream have after a sublayer, for one token, and asks
 what the token is. What it is told:
 - mean:   the `top` dimensions of largest m_j, the mean magnitude over sequences and tokens, at that
-  sublayer; the fixed-dimension ratio is that of the first;
-- start:  the `top` dimensions of largest p_j, the mean magnitude at position 0 (the start ratio is of the
-  first);
+          sublayer (the fixed-dimension ratio is that of the first);
+- start:  the `top` dimensions of largest p_j, the mean magnitude at position 0 (the start ratio is that of
+          the first);
 - random: as many of the other dimensions, drawn anew for each seed;
 - all:    the whole stream.
 
