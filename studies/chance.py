@@ -27,7 +27,7 @@ import torch
 from data.loader import UserError
 from measure import Statistics, stream_report
 from studies import verdicts
-from studies.evidence import Evidence, held, holds_in_all
+from studies.evidence import counted, holds_in_all
 from studies.pack import rounded, write_json
 from studies.results import by_scale, markdown, runs_in
 
@@ -46,7 +46,7 @@ def lines_of(judged):
         (number, text, row, reading): found
         for (number, text, row), by_reading in judged.items()
         for reading, found in by_reading.items()
-        if any(isinstance(item, Evidence) and item.counts for item in found)
+        if counted(found)
     }
 
 
@@ -55,7 +55,7 @@ def expected_by_direction(lines):
     expected = {}
     for (number, *_), found in lines.items():
         if number in BY_DIRECTION:
-            seeds = len(held(item for item in found if isinstance(item, Evidence) and item.counts))
+            seeds = len(counted(found))
             expected[number] = expected.get(number, 0) + BY_DIRECTION[number] ** seeds
     return expected
 

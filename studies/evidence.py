@@ -64,14 +64,14 @@ def verdict(found, words):
     """found: Evidence and Needs. words: for all, some and none. Returns the verdict in words, with how many
     conditions hold, how many seeds count, what seeds that do not count show, and what is missing."""
     evidence = [item for item in found if isinstance(item, Evidence)]
+    conditions = counted(evidence)
     needs = list(dict.fromkeys(item.what for item in found if isinstance(item, Need)))
-    counted = held(line for line in evidence if line.counts)
     shown = held(line for line in evidence if not line.counts)
     parts = []
-    if counted:
-        word = words[0] if all(counted.values()) else words[1] if any(counted.values()) else words[2]
-        seeds = {seed for seed, _ in counted}
-        parts.append(f'{word} ({sum(counted.values())} of {len(counted)}; {seeds_in_words(seeds)})')
+    if conditions:
+        holding, seeds = sum(conditions.values()), {seed for seed, _ in conditions}
+        word = words[0] if holding == len(conditions) else words[1] if holding else words[2]
+        parts.append(f'{word} ({holding} of {len(conditions)}; {seeds_in_words(seeds)})')
     elif evidence or needs:
         parts.append('no seed that counts')
     else:
@@ -84,10 +84,15 @@ def verdict(found, words):
     return '; '.join(parts)
 
 
+def counted(found):
+    """found: Evidence and Needs. Returns {(seed, quantity): does it hold?} of the seeds that count."""
+    return held(item for item in found if isinstance(item, Evidence) and item.counts)
+
+
 def holds_in_all(found):
     """Does every condition hold in every seed that counts? None where no seed counts."""
-    counted = held(item for item in found if isinstance(item, Evidence) and item.counts)
-    return all(counted.values()) if counted else None
+    conditions = counted(found)
+    return all(conditions.values()) if conditions else None
 
 
 def not_counting(found, seeds):

@@ -39,11 +39,13 @@ from studies.evidence import (
     REPRODUCED,
     Evidence,
     Need,
+    counted,
     high,
     holds_in_all,
     is_below,
     low,
     not_counting,
+    seeds_in_words,
     verdict,
 )
 from studies.first_rules import doses_of, matched_pairs, pairs_of
@@ -55,6 +57,7 @@ MATCHED, DOSES = 0.01, (0, 0.02, 0.1, 0.3)
 DECODED, DEPTH, PUBLISHED = READINGS = ('decoded', 'along the depth', 'published')
 DIMENSION, START = OBJECTS = ('outlier dimension', 'start-token outlier')
 QUANTITY_OF = {DIMENSION: 'fixed_dim_ratio', START: 'start_ratio'}
+WITH_ARTICLE = {DIMENSION: f'an {DIMENSION}', START: f'a {START}'}
 RULE_OF = {name: report.RULES[key] for key, name in report.OBJECTS.items()}
 ROTATED, SCRATCH = re.compile(r'rotated_commit(_.*)?'), re.compile(r'decode_scratch(_.*)?')
 ON_AXES_OF_D = 'C_unrotated'  # the stream of a rotated ledger that holds Qᵀ C
@@ -148,7 +151,7 @@ def object_in(view, kind, reading, post_hoc, wanted=True, quantity_name=None):
     """Returns the evidence that a stream has an object in a reading, or with wanted=False that it has not;
     a Need where it was not measured."""
     label = f'{view.run.arm}: {view.name}'
-    condition = f'{label} has {"an" if wanted else "no"} {kind}, {reading}'
+    condition = f'{label} has {WITH_ARTICLE[kind] if wanted else f"no {kind}"}, {reading}'
     try:
         sublayers = [s for (s,) in places_of(reading, view)]
         answers = [has_at(view, kind, s, post_hoc) for s in sublayers]
@@ -471,15 +474,23 @@ def rotation_in_words(judged):
     )
     sentences = []
     for kind in OBJECTS:
-        for reading in READINGS:
-            on_own, on_D = holds_in_all(own[kind][reading]), holds_in_all(ofD[kind][reading])
-            if on_own:
-                sentences.append(f'{kind}, {reading}: rebuilt.')
-            elif on_D:
-                sentences.append(f'{kind}, {reading}: leaked through the identity.')
-            elif on_own is not None:
-                sentences.append(f'{kind}, {reading}: neither rebuilt nor leaked in every seed.')
+        found = {reading: (own[kind][reading], ofD[kind][reading]) for reading in READINGS}
+        said = [
+            f'{reading}, {rebuilt_or_leaked(*map(holds_in_all, pair))}'
+            for reading, pair in found.items()
+            if holds_in_all(pair[0]) is not None
+        ]
+        seeds = {seed for own_found, _ in found.values() for seed, _ in counted(own_found)}
+        if said:
+            sentences.append(f'The {kind}: {"; ".join(said)} ({seeds_in_words(seeds)}).')
     return ' '.join(sentences)
+
+
+def rebuilt_or_leaked(on_own_axes, on_axes_of_D):
+    """Has C the object on its own axes, and on D's, in every seed that counts? Returns what that means."""
+    if on_own_axes:
+        return 'rebuilt'
+    return 'leaked through the identity' if on_axes_of_D else 'neither rebuilt nor leaked in every seed'
 
 
 def tables_second(runs, post_hoc=False):

@@ -294,7 +294,7 @@ def test_claim_6_tells_rebuilt_from_leaked(tmp_path, own, on_D, said):
     untrained['streams'][verdicts.ON_AXES_OF_D] = stream(UNTRAINED)
     (folder / 'measure_0.json').write_text(json.dumps(untrained))
     sentence = verdicts.rotation_in_words(verdicts.judge(group(tmp_path)))
-    assert f'start-token outlier, decoded: {said}' in sentence
+    assert f'The start-token outlier: decoded, {said}' in sentence and '(only 1 seed).' in sentence
 
 
 @pytest.mark.parametrize('in_D, in_C, said', ((30, 4, 'yes'), (30, 30, 'no'), (4, 4, 'no')))
