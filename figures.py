@@ -73,6 +73,10 @@ STREAM_STYLE = {
     'h': dict(color='#000000', marker='o'),
     'D': dict(color='#E69F00', marker='s', linestyle='--'),
     'C': dict(color='#0072B2', marker='^'),
+    'C_unrotated': dict(color='#009E73', marker='D', linestyle='-.'),
+    's0': dict(color='#E69F00', marker='s', linestyle='--'),
+    's1': dict(color='#D55E00', marker='v', linestyle='--'),
+    'sum': dict(color='#0072B2', marker='^'),
 }
 OTHER_STREAMS = (
     dict(color='#009E73', marker='D', linestyle='-.'),

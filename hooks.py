@@ -53,8 +53,7 @@ def stream_hook(s, on_streams):
 
     def hook(sublayer, inputs, output):
         streams, commit_gate = output
-        derived = sublayer.residual.derived(streams) if hasattr(sublayer.residual, 'derived') else {}
-        replaced = on_streams(s, {**streams, **derived})
+        replaced = on_streams(s, {**streams, **sublayer.residual.derived(streams)})
         if replaced is None:
             return None
         return {name: replaced.get(name, x) for name, x in streams.items()}, commit_gate

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import measure
-from checkpoint import build_model, find_checkpoints, load_checkpoint
+from checkpoint import build_model, find_checkpoints, load_checkpoint, open_runs
 from data.loader import Tokens, UserError
 from hooks import attention_sink
 from measure import (
@@ -1021,6 +1021,14 @@ def test_a_limit_on_the_size_of_files_is_noticed_before_measuring(here):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {path.name for path in Path('out/run').iterdir()} == {'ckpt.pt'}
+
+
+def test_one_model_is_in_memory_at_a_time(measured):
+    runs = open_runs(measure.parse_arguments(['--ckpt', str(measured.out), '--device=cpu']))
+    first = next(runs)
+    assert first.model is not None and first.name == 'baseline'
+    second = next(runs)
+    assert first.model is None and second.model is not None
 
 
 # ---- mistakes
