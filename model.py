@@ -193,7 +193,6 @@ class Residual(nn.Module):
     streams = ()  # their names
     decoded = ''  # the name of the one that the head sees
     settings = ()  # those of GPTConfig that only this operator reads: train.py refuses them for others
-    derived_streams = ()  # the names of what `derived` returns
 
     def __init__(self, config, s):
         super().__init__()
@@ -387,20 +386,15 @@ class GPT(nn.Module):
             sublayer.function = replaced(sublayer.function, chosen, config)
             sublayer.norm = replaced(sublayer.norm, arm_part(config, 'Norm', RMSNorm), config.n_embd)
 
-    # What measurements ask for: the names of the streams, of the decoded one, and of what `derived` returns.
+    # What measurements ask for, of a pretrained model too.
     stream_names = property(lambda self: self.operator.streams)
     decoded = property(lambda self: self.operator.decoded)
-    derived_names = property(lambda self: self.operator.derived_streams)
 
     n_embd = property(lambda self: self.config.n_embd)
     n_head = property(lambda self: self.config.n_head)
 
     # A forward pre-hook on this module sees, and may replace, what the head reads.
     decoder_input_module = property(lambda self: self.norm)
-
-    def derived(self, streams):
-        """streams: as a hook on a sublayer sees them. Returns {name: (B, T, d)} for derived_names."""
-        return self.sublayers[0].residual.derived(streams)
 
     def start(self, idx):
         """idx: (B, T). Returns the streams before the first sublayer, by name."""

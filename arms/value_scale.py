@@ -25,8 +25,8 @@ EXTRA = 8
 
 
 class WithScaledGradient(torch.autograd.Function):
-    """v: (…, n) → (…, n + EXTRA), zeros in the new dimensions. Backward: the first new dimension brings the
-    mass."""
+    """v: (…, n) → (…, n + EXTRA), with zeros in the new dimensions.
+    In the backward pass the first of them brings the attention that each value received."""
 
     @staticmethod
     def forward(ctx, v):
@@ -40,8 +40,8 @@ class WithScaledGradient(torch.autograd.Function):
 
 
 class WithUnitGradient(torch.autograd.Function):
-    """o: (…, n + EXTRA) → (…, n), without the new dimensions. Backward: the gradient of the first of them is
-    1."""
+    """o: (…, n + EXTRA) → (…, n), without the new dimensions.
+    In the backward pass the gradient of the first of them is 1."""
 
     @staticmethod
     def forward(ctx, o):
