@@ -27,10 +27,11 @@ from pathlib import Path
 # Run as a script, it finds the repository and not its own folder.
 if __name__ == '__main__':
     sys.path[0] = str(Path(__file__).resolve().parents[2])
+from machine import usable_cores
+
 from data.loader import UserError, dataset_folder, encoding
 from data.progress import Progress
 from data.writer import number, tokenize, write_dataset
-from machine import usable_cores
 
 # What train.py makes for the demo configs by itself: quick, and nearly the same on every machine.
 DEMO = ['--stdlib', '--tokenizer=bytes', '--limit=8M', f'--out={dataset_folder("pysource_demo")}']

@@ -39,10 +39,11 @@ import numpy as np
 # Run as a script, it finds the repository and not its own folder.
 if __name__ == '__main__':
     sys.path[0] = str(Path(__file__).resolve().parents[2])
+from machine import usable_cores
+
 from data.loader import UserError, encoding
 from data.progress import Progress
 from data.writer import tokenize, write_dataset
-from machine import usable_cores
 
 TEXTS, LINES_OF_JSON = ('.txt', '.md', '.py'), ('.jsonl', '.json')
 UNPACK_FIRST = (
