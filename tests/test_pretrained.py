@@ -170,6 +170,14 @@ def test_a_parallel_block_gives_one_sublayer(models, family):
     assert [sublayer.kind for sublayer in models[family][1].sublayers] == ['block'] * LAYERS
 
 
+def test_a_parallel_block_whose_attention_writes_nothing_is_still_parallel():
+    model = build(PARALLEL['GPT-NeoX, parallel']())
+    for block in blocks_of(model):
+        nn.init.zeros_(block.attention.dense.weight)
+        nn.init.zeros_(block.attention.dense.bias)
+    assert {sublayer.kind for sublayer in pretrained.Pretrained(model).sublayers} == {'block'}
+
+
 @pytest.mark.parametrize('family', FAMILIES)
 @torch.no_grad()
 def test_reading_does_not_change_what_the_model_says(models, idx, family):
