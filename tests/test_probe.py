@@ -115,9 +115,8 @@ def planted():
 def test_a_planted_label_is_found_where_it_was_planted(planted, task, kind, told, least):
     q = planted[2][task][kind][told]
     assert least < q['accuracy']['low'] <= q['accuracy']['value'] <= q['accuracy']['high'] <= 1
-    assert (
-        q['selectivity']['low'] > 0.3 and q['balanced']['low'] > 0.7 and q['balanced_shuffled']['high'] < 0.65
-    )
+    assert q['selectivity']['low'] > 0.3 and q['balanced']['low'] > 0.7
+    assert q['balanced_shuffled']['high'] < 0.65
 
 
 @pytest.mark.parametrize(
@@ -131,50 +130,54 @@ def test_a_planted_label_is_found_where_it_was_planted(planted, task, kind, told
     ],
 )
 def test_a_label_is_not_found_where_it_is_not_or_not_linear(planted, task, kind, told):
-    q, t = planted[2][task][kind][told], planted[2][task]
-    assert (
-        q['balanced']['value'] == pytest.approx(1 / len(t['classes']), abs=0.08)
-        and abs(q['selectivity']['value']) < 0.12
-    )
+    results = planted[2][task]
+    q = results[kind][told]
+    assert q['balanced']['value'] == pytest.approx(1 / len(results['classes']), abs=0.08)
+    assert abs(q['selectivity']['value']) < 0.12
 
 
 def test_shuffled_labels_are_never_found(planted):
-    for t in planted[2].values():
-        found = [q for kind in ('linear', 'hidden') for q in t[kind].values()]
-        assert all(q['shuffled']['value'] < t['majority']['value'] + 0.05 for q in found)
-        assert all(
-            q['balanced_shuffled']['value'] == pytest.approx(1 / len(t['classes']), abs=0.15) for q in found
-        )
-        assert np.mean([q['balanced_shuffled']['value'] for q in found]) == pytest.approx(
-            1 / len(t['classes']), abs=0.06
-        )
+    for results in planted[2].values():
+        found = [q for kind in ('linear', 'hidden') for q in results[kind].values()]
+        chance = 1 / len(results['classes'])
+        balanced = [q['balanced_shuffled']['value'] for q in found]
+        assert all(q['shuffled']['value'] < results['majority']['value'] + 0.05 for q in found)
+        assert balanced == pytest.approx([chance] * len(found), abs=0.15)
+        assert np.mean(balanced) == pytest.approx(chance, abs=0.06)
 
 
 def test_the_majority_is_that_of_the_test_side(planted):
     labels, (_, test), report = planted
     for task, (names, column) in labels.items():
         shares = [np.bincount(column.ravel()[places]).max() / len(places) for places in test]
-        assert report[task]['majority'] == pytest.approx(
-            {'value': np.mean(shares), 'low': min(shares), 'high': max(shares)}, rel=1e-6
-        )
+        expected = {'value': np.mean(shares), 'low': min(shares), 'high': max(shares)}
+        assert report[task]['majority'] == pytest.approx(expected, rel=1e-6)
         assert report[task]['classes'] == list(names)
 
 
-def test_probes_trained_together_learn_as_if_alone_and_never_name_a_class_that_a_question_lacks():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 200, 3, generator=generator)
-    labels = torch.stack(
-        [(x[..., 0] > 0).long(), (x[..., 1] + x[..., 2] > 1).long() + (x[..., 1] > 0).long()], 1
-    )
-    together = Probes(2, 3, [2, 3], 0, 'cpu').fit(x, labels)
+def two_questions():
+    """Features (2, 200, 3) and labels (2, 2, 200) of a question with two classes and one with three."""
+    x = torch.randn(2, 200, 3, generator=torch.Generator().manual_seed(0))
+    two = (x[..., 0] > 0).long()
+    three = (x[..., 1] + x[..., 2] > 1).long() + (x[..., 1] > 0).long()
+    return x, torch.stack([two, three], 1)
+
+
+def test_probes_trained_together_learn_as_if_alone():
+    x, labels = two_questions()
+    together = Probes(2, 3, [2, 3], 0, 'cpu').fit(x, labels).logits(x)
     for seed in range(2):
         for i, size in enumerate((2, 3)):
             alone = Probes(1, 3, [size], 0, 'cpu').fit(x[[seed]], labels[[seed], i : i + 1])
-            torch.testing.assert_close(
-                alone.logits(x[[seed]])[0, 0], together.logits(x)[seed, i, :, :size], rtol=1e-3, atol=1e-3
-            )
-    for hidden in (0, 8):
-        assert Probes(2, 3, [2, 3], hidden, 'cpu').fit(x, labels).predict(10 * x)[0][:, 0].max() == 1
+            expected = alone.logits(x[[seed]])[0, 0]
+            torch.testing.assert_close(together[seed, i, :, :size], expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize('hidden', [0, 8])
+def test_a_class_that_a_question_lacks_is_never_named(hidden):
+    x, labels = two_questions()
+    probes = Probes(2, 3, [2, 3], hidden, 'cpu').fit(x, labels)
+    assert probes.predict(10 * x)[0][:, 0].max() == 1
 
 
 def test_a_linear_probe_is_a_logistic_regression():
@@ -184,12 +187,9 @@ def test_a_linear_probe_is_a_logistic_regression():
     for _ in range(2000):  # down the gradient, to the only minimum
         share = np.exp(X @ W) / np.exp(X @ W).sum(1, keepdims=True)
         W -= X.T @ (share - np.eye(3)[y]) / 120
-    fitted = Probes(1, 2, [3], 0, 'cpu').fit(
-        torch.from_numpy(x).float()[None], torch.from_numpy(y)[None, None]
-    )
-    np.testing.assert_allclose(
-        fitted.logits(torch.from_numpy(x).float()[None])[0, 0].softmax(-1).detach(), share, atol=1e-3
-    )
+    features, labels = torch.from_numpy(x).float()[None], torch.from_numpy(y)[None, None]
+    fitted = Probes(1, 2, [3], 0, 'cpu').fit(features, labels)
+    np.testing.assert_allclose(fitted.logits(features)[0, 0].softmax(-1).detach(), share, atol=1e-3)
 
 
 def test_balanced_accuracy_is_the_mean_recall_of_the_classes_that_the_test_side_has():
@@ -202,27 +202,23 @@ def test_balanced_accuracy_is_the_mean_recall_of_the_classes_that_the_test_side_
 def test_a_rare_class_is_recalled_as_if_all_classes_were_equally_frequent():
     generator = torch.Generator().manual_seed(0)
     labels = (torch.rand(1, 1, 4000, generator=generator) < 0.02).long()
-    x = (torch.randn(1, 4000, generator=generator) + 2 * labels[0])[
-        ..., None
-    ]  # two Gaussians: the most probable class changes at 1 + ln(49) / 2 or, fairly, at 1
-    probes, grid = (
-        Probes(1, 1, [3], 0, 'cpu').fit(x, labels),
-        torch.arange(-4, 6, 0.01)[None, :, None],
-    )  # the third class is never seen
+    # Two Gaussians, one apart by 2: the most probable class changes at 1 + ln(49) / 2 or, fairly, at 1.
+    x = (torch.randn(1, 4000, generator=generator) + 2 * labels[0])[..., None]
+    probes = Probes(1, 1, [3], 0, 'cpu').fit(x, labels)  # the third class is never seen
+    grid = torch.arange(-4, 6, 0.01)[None, :, None]
     predicted, fair = (side[0, 0] for side in probes.predict(grid))
-    assert grid[0, predicted.argmax(), 0] == pytest.approx(1 + np.log(49) / 2, abs=0.4) and grid[
-        0, fair.argmax(), 0
-    ] == pytest.approx(1, abs=0.4)
+    assert grid[0, predicted.argmax(), 0] == pytest.approx(1 + np.log(49) / 2, abs=0.4)
+    assert grid[0, fair.argmax(), 0] == pytest.approx(1, abs=0.4)
     assert fair.max() == 1
 
 
 def test_dimensions_are_centred_and_scaled_by_the_training_side_alone():
     train = torch.tensor([[-8.0, 5, 1], [0, 5, 2], [2, 5, 3], [4, 5, 4], [1000, 5, 5]])[None]
     test = torch.tensor([[2.0, 5, 3], [6, 7, 1e6]])[None]
+    median, range_of_quartiles = np.array([2, 5, 3]), np.array([4, 1, 2])
     for found, x in zip(standardize(train, test), (train, test)):
-        np.testing.assert_allclose(
-            found[0], np.arcsinh((x[0].numpy() - np.array([2, 5, 3])) / np.array([4, 1, 2])), rtol=1e-6
-        )
+        expected = np.arcsinh((x[0].numpy() - median) / range_of_quartiles)
+        np.testing.assert_allclose(found[0], expected, rtol=1e-6)
 
 
 # ---- Documents, windows, tokens
@@ -252,9 +248,8 @@ def test_windows_are_of_one_group_only_if_a_chain_of_documents_joins_them(tmp_pa
         of = sharded(folder, [50, 3, 40, 60, *rng.integers(1, 30, 30)])
         tokens = Tokens(folder, 'val', 8, 257)
         starts = tokens.fixed_starts(int(rng.integers(5, 25)), seed=draw)
-        shown = [
-            set(of[start : start + 9]) for start in starts
-        ]  # the window and the token that it predicts last
+        # The window and the token that it predicts last.
+        shown = [set(of[start : start + 9]) for start in starts]
         joined = np.array([[bool(a & b) for b in shown] for a in shown])
         for _ in starts:
             joined = joined | (joined.astype(int) @ joined > 0)
@@ -270,12 +265,8 @@ def test_no_document_and_no_window_is_on_both_sides_and_each_side_has_its_share(
         assert not set(groups[test]) & set(groups[~test])
         held.append(test.sum())
     assert 1 <= min(held) and max(held) == 6 and np.mean(held) > 4
-    assert split_windows(np.array([0, 1, 1, 1]), 0).tolist() == [
-        True,
-        False,
-        False,
-        False,
-    ]  # the smaller of two is tested on
+    smaller = [True, False, False, False]
+    assert split_windows(np.array([0, 1, 1, 1]), 0).tolist() == smaller
 
 
 def test_what_only_the_tokens_of_a_document_share_is_not_found(monkeypatch):
@@ -283,17 +274,14 @@ def test_what_only_the_tokens_of_a_document_share_is_not_found(monkeypatch):
     rng, document = np.random.default_rng(1), np.arange(300) // 5
     fingerprint, coin = 5 * rng.normal(size=(60, 40)), rng.integers(0, 2, 60)
     x = torch.from_numpy(np.repeat(fingerprint[document], 10, 0) + rng.normal(size=(3000, 40))).float()
-    labels, dims = (
-        {'coin': (('no', 'yes'), np.repeat(coin[document, None], 10, 1))},
-        {'all': np.array([range(40)] * 3)},
-    )
-    apart, mixed = (
-        probe.probe(x, labels, draw_samples(groups, 10, 3, 2000), dims)['coin']['linear']['all']['balanced'][
-            'value'
-        ]
-        for groups in (document, rng.permutation(300))
-    )
-    assert apart < 0.65 < 0.85 < mixed
+    labels = {'coin': (('no', 'yes'), np.repeat(coin[document, None], 10, 1))}
+    dims = {'all': np.array([range(40)] * 3)}
+
+    def found(groups):
+        samples = draw_samples(groups, 10, 3, 2000)
+        return probe.probe(x, labels, samples, dims)['coin']['linear']['all']['balanced']['value']
+
+    assert found(document) < 0.65 < 0.85 < found(rng.permutation(300))
 
 
 def test_a_seed_draws_tokens_of_each_side_without_repetition_and_the_first_of_every_window():
@@ -303,11 +291,8 @@ def test_a_seed_draws_tokens_of_each_side_without_repetition_and_the_first_of_ev
     for seed in range(5):
         on_test = split_windows(groups, seed)
         for places, side in ((train[seed], ~on_test), (test[seed], on_test)):
-            assert (
-                side[places // 10].all()
-                and len(set(places)) == len(places)
-                and set(10 * np.flatnonzero(side)) <= set(places)
-            )
+            assert side[places // 10].all() and len(set(places)) == len(places)
+            assert set(10 * np.flatnonzero(side)) <= set(places)
     assert len({tuple(places) for places in train}) == 5
     assert all((a == b).all() for a, b in zip(draw_samples(groups, 10, 5, 80), (train, test)))
 
@@ -319,20 +304,9 @@ def test_labels_are_those_of_the_token_itself_but_for_the_class_of_the_next(tmp_
     assert ids[49] == EOT
     labels = label_windows(tokens, starts, encoding('bytes'), 'python')
     found = {task: [names[v] for v in column[0]] for task, (names, column) in labels.items()}
-    white, string = 'white space', 'string'
-    assert found['token class'] == [
-        'name',
-        white,
-        'operator',
-        white,
-        'operator',
-        'number',
-        'operator',
-        white,
-        *[string] * 6,
-        'line end',
-        string,
-    ]
+    string = 'string'
+    before = 'name,white space,operator,white space,operator,number,operator,white space'.split(',')
+    assert found['token class'] == [*before, *[string] * 6, 'line end', string]
     assert found['next token class'] == found['token class'][1:] + [string]
     assert found['first of window'] == ['yes'] + ['no'] * 15
     assert found['position'] == [f'{i}–{i + 1}' for i in range(0, 16, 2) for _ in 'ab']
@@ -380,19 +354,11 @@ def test_english_has_sentences_and_no_brackets(tmp_path):
 def test_dimensions_of_largest_mean_magnitude_are_told_and_random_ones_are_others():
     m, p = np.array([1.0, 9, 2, 9, 3, 0, 0, 0, 0, 0]), np.array([7.0, 1, 0, 0, 8, 0, 0, 0, 0, 0])
     dims = choose_dims(m, p, 2, 40)
-    assert (
-        dims['mean'].tolist() == [[1, 3]] * 40
-        and dims['start'].tolist() == [[4, 0]] * 40
-        and dims['all'].tolist() == [list(range(10))] * 40
-    )
-    assert all(len(set(row)) == 2 for row in dims['random']) and set(dims['random'].ravel()) == {
-        2,
-        5,
-        6,
-        7,
-        8,
-        9,
-    }
+    assert dims['mean'].tolist() == [[1, 3]] * 40
+    assert dims['start'].tolist() == [[4, 0]] * 40
+    assert dims['all'].tolist() == [list(range(10))] * 40
+    assert all(len(set(row)) == 2 for row in dims['random'])
+    assert set(dims['random'].ravel()) == {2, 5, 6, 7, 8, 9}
 
 
 class Measured:
@@ -435,19 +401,15 @@ def test_every_stream_task_probe_and_set_is_reported_for_both_arms(run):
     root, printed = run
     for arm, streams in (('baseline', ['h']), ('ledger', ['D', 'C'])):
         report = report_in(root / 'out' / arm)
-        assert (
-            list(report['streams']) == streams
-            and report['data']['language'] == 'python'
-            and report['settings']['seeds'] == 2
-        )
+        assert list(report['streams']) == streams
+        assert report['data']['language'] == 'python' and report['settings']['seeds'] == 2
         for places in report['streams'].values():
             assert places[-1]['sublayer'] == 3
-            for place in places:
-                assert len(place['tasks']) == 7 and all(
-                    set(t[kind]) == {'mean', 'start', 'random', 'all'}
-                    for t in place['tasks'].values()
-                    for kind in ('linear', 'hidden')
-                )
+            tasks = [results for place in places for results in place['tasks'].values()]
+            assert len(tasks) == 7 * len(places)
+            for results in tasks:
+                for kind in ('linear', 'hidden'):
+                    assert set(results[kind]) == {'mean', 'start', 'random', 'all'}
         assert (root / 'out' / arm / 'probe.png').read_bytes()[:4] == b'\x89PNG'
     assert max(map(len, printed.splitlines())) <= 110
 
