@@ -103,7 +103,7 @@ TOKENS_AT_ONCE = {'cpu': 4096, 'cuda': 8192}
 # Positions, and tokens since a line end, fall into these.
 EDGES = (1, 2, 8, 32, 128, 512)
 BUCKETS = ('0', '1', '2–7', '8–31', '32–127', '128–511', '512–')
-PLACES = ('within a sentence', 'sentence end', 'sentence start', 'paragraph start')
+PLACES = ('within', 'end', 'start', 'start of paragraph')  # of a sentence
 
 
 # ---- What comes of it

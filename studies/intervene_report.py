@@ -322,7 +322,7 @@ def draw_results(axis, stream, sublayer, results):
             shift = 0 if kind == 'edit' else 0.18 * (CONTROLS.index(kind) - 1.5)
             style = {'markersize': 3.5, **MARKS[kind]}
             point(axis, y + shift, **outcome['ratio'], label=kind if y == 0 else None, **style)
-    lines = [f'{r["where"]} {r["what"]}, {r["how"]} {r["reach"]}' for r in results]
+    lines = [f'{r["where"]} {r["what"]}, {r["how"]} {r["reach"]}'.strip() for r in results]
     title = f'{stream}: entries of sublayer {sublayer}'
     if any('last' in line for line in lines):
         title += " ('last': of the last)"

@@ -666,10 +666,10 @@ def test_predictions_in_english_are_labelled_by_their_place_in_the_sentence_too(
     places, names = labels['sentence']
     found = {name: np.argwhere(places == i).tolist() for i, name in enumerate(names)}
     # What is predicted: 's it is. We go o' and 'n.//So he did. A'.
-    assert found['sentence end'] == [[0, 7], [1, 1], [1, 13]]
-    assert found['sentence start'] == [[0, 9], [1, 15]]
-    assert found['paragraph start'] == [[1, 4]]
-    assert len(found['within a sentence']) == 2 * T - 6
+    assert found['end'] == [[0, 7], [1, 1], [1, 13]]
+    assert found['start'] == [[0, 9], [1, 15]]
+    assert found['start of paragraph'] == [[1, 4]]
+    assert len(found['within']) == 2 * T - 6
 
 
 @pytest.mark.parametrize('arm', ['baseline', 'bias'])
