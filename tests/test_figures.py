@@ -24,7 +24,7 @@ def report():
     generator = torch.Generator().manual_seed(0)
     statistics.begin(6, 'cpu')
     for s in range(S):
-        for stream, size in (('D', 1), ('C', 8.0**s / 100)):
+        for stream, size in (('D', 1), ('C', 8.0**s / 10)):
             statistics.add_stream(stream, s, size * torch.randn(6, T, D, generator=generator))
     streams = streams_report(statistics, ('attn', 'mlp') * 2, 'C')
     for s in streams.values():
