@@ -179,7 +179,7 @@ class Run:
             self.compile_parts()
         self.wrapped = self.step_model
         if self.world.size > 1:
-            # Fewer, larger exchanges (results/h100/buckets.json). Buffers are an arm's constants.
+            # Fewer, larger exchanges (results/speed/h100_buckets.json). Buffers are an arm's constants.
             how = {'gradient_as_bucket_view': True, 'bucket_cap_mb': 100, 'broadcast_buffers': False}
             self.wrapped = DistributedDataParallel(self.step_model, **how)
         self.optimizer = arm_part(config, 'make_optimizer', make_optimizer)(self.model, config)

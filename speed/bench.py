@@ -422,9 +422,9 @@ def machine():
 
 
 def as_text(report):
-    """Returns a report as JSON, with lists of plain values on one line each."""
+    """Returns a report as JSON, with every list of numbers on one line."""
     text = json.dumps(report, indent=1, ensure_ascii=False)
-    return re.sub(r'\[[^][{}]*\]', lambda found: ' '.join(found[0].split()), text)
+    return re.sub(r'\[\n[^][{}"]*\]', lambda found: ' '.join(found[0].split()), text)
 
 
 def write_report(report, out):

@@ -339,7 +339,8 @@ def probe_table():
 
 # ---- Speed
 
-SCALING = {1: 'h100/bench_290m_32.json', 2: 'h100/two_gpus_290m.json'}  # by the number of GPUs
+# By the number of GPUs.
+SCALING = {1: 'speed/h100_bench_290m_32.json', 2: 'speed/h100_two_gpus_290m.json'}
 
 
 def scaling_table():

@@ -143,7 +143,7 @@ def test_the_bench_of_the_measurement_sets_it_against_a_plain_forward_pass(tmp_p
 
 
 def test_lists_of_numbers_stand_on_one_line_of_a_report():
-    report = {'all': [1.5, 2.5], 'nested': [{'a': [1, 2]}], 'text': 'a [list] of words'}
+    report = {'all': [1.5, 2.5], 'nested': [{'a': [1, 2]}], 'text': 'a [list  of] words'}
     text = bench.as_text(report)
     assert json.loads(text) == report
     assert '"all": [ 1.5, 2.5 ]' in text
