@@ -107,7 +107,7 @@ def bench_loader(args):
 
 
 def synchronize(run):
-    if run.world.device != 'cpu':
+    if run.world.device_type == 'cuda':
         torch.cuda.synchronize()
 
 
@@ -186,7 +186,7 @@ def first_step(args):
     seconds = time.time() - args.began
     seconds_of(run, run.step, 2)
     memory_GB = None
-    if run.world.device != 'cpu':
+    if run.world.device_type == 'cuda':
         memory_GB = round(torch.cuda.max_memory_allocated() / 1e9, 2)
     print(json.dumps({'first_step_s': round(seconds, 1), 'peak_memory_GB': memory_GB}))
 
@@ -339,7 +339,7 @@ class Measuring:
         self.model = self.run.model.eval()
         self.tokens = self.run.tokens['val']
         self.starts = self.tokens.fixed_starts(2 * args.sequences)
-        self.batch = at_once(self.run.world.device, self.run.config.block_size)
+        self.batch = at_once(self.run.device, self.run.config.block_size)
         self.sequences = args.sequences
 
     def measure(self, times=1):
@@ -352,7 +352,7 @@ class Measuring:
     def forward(self):
         for i in range(0, self.sequences, self.batch):
             starts = self.starts[: self.sequences][i : i + self.batch]
-            idx = self.tokens.windows(starts)[0].to(self.run.world.device)
+            idx = self.tokens.windows(starts)[0].to(self.run.device)
             self.model(idx).sum().item()
 
     def peak_memory_GB(self, times):
@@ -367,7 +367,7 @@ def bench_measure(args):
     report = {}
     for arm in args.arms:
         measuring = Measuring(args, arm)
-        cuda = measuring.run.world.device != 'cpu'
+        cuda = measuring.run.world.device_type == 'cuda'
         memory = [measuring.peak_memory_GB(times) for times in (1, 2)] if cuda else None
         measuring.forward()
         measure_s, forward_s = [], []

@@ -42,7 +42,7 @@ def kind_of(name):
 
 def profiled_kernels(run):
     """Returns (milliseconds, launches, name) of every kernel, per step, the longest first."""
-    cuda = run.world.device != 'cpu'
+    cuda = run.world.device_type == 'cuda'
     activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
     with profile(activities=[activity]) as profiler:
         bench.seconds_of(run, run.step, PROFILED_STEPS)
@@ -67,7 +67,7 @@ def look(args, arm):
     for kernel_ms, launches, name in rows:
         ms_of[kind_of(name)] += kernel_ms
         launches_of[kind_of(name)] += launches
-    cuda = run.world.device != 'cpu'
+    cuda = run.world.device_type == 'cuda'
     return {
         'ms': round(float(np.median(ms)), 2),
         'all_ms': sorted(round(x, 2) for x in ms),
