@@ -2,8 +2,8 @@
 # What speed has to show on one GPU by itself, in less than four minutes. Every step has a limit, and one that
 # fails does not stop the next. What comes out lies in results/speed/, its names beginning with CARD.
 #
-#   CARD=h100 bash speed/run.sh                    all steps
-#   STEPS="bench_24 tests" bash speed/run.sh       some
+#   CARD=h100 bash speed/run.sh                    bench_24, tests and bench_64
+#   STEPS="first_step measure" bash speed/run.sh   other steps, from the list at the end
 #   STEPS=scale bash speed/run.sh                  on a machine of several GPUs: 290m on 1, 2, 4 …
 #
 # To try it on a CPU:
@@ -11,7 +11,7 @@
 #     MORE="--steps=1 --n_layer=1 --block_size=32 --compile=False" bash speed/run.sh
 set -uo pipefail
 cd "$(dirname "$0")/.."
-STEPS=${STEPS:-bench_24 tests bench_64 first_step}
+STEPS=${STEPS:-bench_24 tests bench_64}
 OUT=${OUT:-results/speed}
 CARD=${CARD:-gpu}
 SCALE=${SCALE:-160m}
@@ -45,7 +45,7 @@ for what in $STEPS; do
     bench_64) bench bench_64 80 --arms=baseline,ledger --bf16_streams=True --turns=5 --skip_cold_starts ;;
     # From the start of a process with cold caches to its first step.
     first_step) bench first_step 90 --arms=ledger --batch_size=24 --turns=1 --steps=1 ;;
-    tests) step tests 90 "$PYTHON" -m pytest -q -x -m gpu tests/test_kernels.py --durations=5 ;;
+    tests) step tests 110 "$PYTHON" -m pytest -q -x -m gpu tests/test_kernels.py --durations=5 ;;
     # Every test that needs a GPU.
     all_tests) step all_tests 240 "$PYTHON" -m pytest -q -m gpu tests --durations=15 ;;
     measure) bench measure 60 --what=measure --arms=baseline,ledger --turns=3 ;;
