@@ -258,7 +258,8 @@ class Recipe:
         """Measures the trained and the untrained weights, packs, and asks for the studies."""
         folder = self.folder(run)
         measured = self.call(run, 'measure', ['measure.py', '--ckpt', f'{folder}/ckpt.pt'], gpu)
-        if (folder / 'ckpt_0.pt').exists():
+        # measure.py has measured the untrained weights too, if it found them.
+        if (folder / 'ckpt_0.pt').exists() and not (folder / 'measure_0.json').exists():
             self.call(run, 'measure_0', ['measure.py', '--ckpt', f'{folder}/ckpt_0.pt'], gpu)
         if measured and self.pack(run):
             for name in ('ckpt_prev.pt', 'ckpt_best.pt'):

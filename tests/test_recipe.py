@@ -101,6 +101,14 @@ def test_a_run_is_trained_measured_twice_and_packed(queue, tmp_path, capsys):
     assert 'packed baseline_demo_7; seconds: train ' in said and ', measure ' in said
 
 
+def test_untrained_weights_that_are_measured_already_are_not_measured_again(queue, tmp_path):
+    out = tmp_path / 'out' / 'baseline_demo_7'
+    out.mkdir(parents=True)
+    (out / 'measure_0.json').write_text(json.dumps({'loss': 1, 'streams': {}}))
+    _, calls = queue('baseline_demo.7')
+    assert len(calls) == 2 and 'measure_0.json' in packed(tmp_path, 'baseline_demo_7')
+
+
 def test_weights_that_nothing_reads_go_and_the_newest_stay(queue, tmp_path):
     queue('baseline_demo.7')
     left = {path.name for path in (tmp_path / 'out/baseline_demo_7').glob('*.pt')}
