@@ -108,6 +108,11 @@ def name_of(arm, scale, seed, settings):
     return f'{arm}{changes}_{scale}_{seed}'
 
 
+def merged(*lists):
+    """Returns the settings of several lists, each --key=value once: that of the last list which has the key."""
+    return list({setting.partition('=')[0]: setting for settings in lists for setting in settings}.values())
+
+
 def read_line(line):
     """Returns the Run that a line of the queue describes."""
     first, *words = shlex.split(line, comments=True)
@@ -246,10 +251,7 @@ class Recipe:
 
     def train(self, run, gpu):
         command = ['train.py', run.config, f'--seed={run.seed}', f'--dataset={self.args.dataset}']
-        settings = [*self.args.settings, *run.settings]
-        if not any(setting.startswith('--snapshots=') for setting in settings):
-            settings.append('--snapshots=0')
-        command += settings
+        command += merged(['--snapshots=0'], self.args.settings, run.settings)
         command += [f'--out_dir={self.folder(run)}', '--init_from=auto']
         if self.call(run, 'train', command, gpu, self.seconds_left() - self.args.reserve):
             self.add_job(0, run, self.measure)

@@ -115,9 +115,9 @@ def test_weights_that_nothing_reads_go_and_the_newest_stay(queue, tmp_path):
     assert left == {'ckpt.pt', 'ckpt_0.pt'}
 
 
-def test_settings_of_a_line_come_after_those_of_all_and_name_the_run(queue, tmp_path):
+def test_settings_of_a_line_replace_those_of_all_and_name_the_run(queue, tmp_path):
     _, calls = queue('ledger_demo.7 --commit_sparsity=0 --lr=1e-3 --snapshots=0,5', '--lr=2e-3')
-    assert '--lr=2e-3 --commit_sparsity=0 --lr=1e-3 --snapshots=0,5 --out_dir' in calls[0]
+    assert '--snapshots=0,5 --lr=1e-3 --commit_sparsity=0 --out_dir' in calls[0]
     assert packed(tmp_path, 'ledger_a0_lr=1e-3_demo_7')
 
 
@@ -208,7 +208,7 @@ def test_a_study_that_fails_leaves_the_run_packed(queue, tmp_path, capsys):
 def test_a_run_whose_measurement_fails_is_measured_by_the_next_call(queue, tmp_path):
     assert queue('baseline_demo.7', FAIL='measure.*ckpt.pt')[0] == 1
     code, calls = queue('baseline_demo.7', FAIL='^$')
-    assert code == 0 and packed(tmp_path, 'baseline_demo_7') and len(calls) == 3
+    assert code == 0 and packed(tmp_path, 'baseline_demo_7') and len(calls) == 2
 
 
 def test_the_archive_holds_all_that_is_packed(queue, tmp_path):
