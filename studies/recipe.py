@@ -109,8 +109,9 @@ def name_of(arm, scale, seed, settings):
 
 
 def merged(*lists):
-    """Returns the settings of several lists, each --key=value once: that of the last list which has the key."""
-    return list({setting.partition('=')[0]: setting for settings in lists for setting in settings}.values())
+    """Returns the settings of several lists, --key=value each. A later one replaces an earlier of its key."""
+    by_key = {setting.partition('=')[0]: setting for settings in lists for setting in settings}
+    return list(by_key.values())
 
 
 def read_line(line):
