@@ -13,7 +13,8 @@ train: every arm is a Run of train.py, with config/<arm>_<scale>.py and any --ke
 top; settings after a slash are for one arm alone. Arms take turns, a few steps at a time, so that they
 share what the machine does meanwhile; quoted are medians over the turns. The tokens are random and lie on
 the device, unless --dataset names a set. Peak memory, and the seconds from the start of a process to its
-first finished step with cold compiler caches, come from a process of its own for each arm.
+first finished step, come from two processes of their own for each arm: the compilers' caches are cold for
+the first, and warm for the second.
 
 loader: one process reads batches of random windows, as train.py does. A sparse file needs no disk, so
 this is the cost of the reading itself. What a disk adds shows with --file on a file much larger than
@@ -151,9 +152,9 @@ def start_run(args, arm):
     return run
 
 
-def in_a_process_of_its_own(args, arm):
-    """Returns what --what=first prints: the seconds from the start of a process with cold compiler
-    caches to its first finished step, and its peak memory."""
+def in_a_process_of_its_own(args, arm, caches):
+    """Returns what --what=first prints: the seconds from the start of a process to its first finished step,
+    and its peak memory. caches: the folder of the compilers' caches."""
     argv = [
         '--what=first',
         f'--scale={args.scale}',
@@ -161,21 +162,26 @@ def in_a_process_of_its_own(args, arm):
         f'--began={time.time()}',
         *args.settings,
     ]
-    with tempfile.TemporaryDirectory() as cache:
-        output = subprocess.run(
-            [sys.executable, '-m', 'speed.bench', *argv],
-            env={
-                **os.environ,
-                'TORCHINDUCTOR_CACHE_DIR': f'{cache}/inductor',
-                'TRITON_CACHE_DIR': f'{cache}/triton',
-            },
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-        )
+    folders = {'TORCHINDUCTOR_CACHE_DIR': f'{caches}/inductor', 'TRITON_CACHE_DIR': f'{caches}/triton'}
+    output = subprocess.run(
+        [sys.executable, '-m', 'speed.bench', *argv],
+        env={**os.environ, **folders},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     if output.returncode:
         raise UserError(f'{arm} did not finish a step: {output.stderr.strip().splitlines()[-1]}')
     return json.loads(output.stdout.splitlines()[-1])
+
+
+def starts(args, arm):
+    """Returns the peak memory of an arm, and the seconds to its first step with cold caches and with warm
+    ones."""
+    with tempfile.TemporaryDirectory() as caches:
+        cold = in_a_process_of_its_own(args, arm, caches)
+        warm = in_a_process_of_its_own(args, arm, caches)
+    return {**cold, 'first_step_warm_s': warm['first_step_s']}
 
 
 def first_step(args):
@@ -241,8 +247,8 @@ def bench_train(args):
     """Returns the time of train.py's step for each arm, and what follows from it. The ratio is that of
     tokens/s to the first arm's."""
     is_alone = int(os.environ.get('WORLD_SIZE', 1)) == 1
-    starts_cold = is_alone and not args.skip_cold_starts
-    report = {arm: in_a_process_of_its_own(args, arm) if starts_cold else {} for arm in args.arms}
+    with_starts = is_alone and not args.skip_cold_starts
+    report = {arm: starts(args, arm) if with_starts else {} for arm in args.arms}
     runs = {}
     for arm in args.arms:
         runs[arm] = start_run(args, arm)
@@ -388,6 +394,7 @@ def bench_measure(args):
 
 COLUMNS = {
     'first_step_s': 'first step, s',
+    'first_step_warm_s': 'warm, s',
     'tokens_per_s': 'tokens/s',
     'TFLOP_per_s': 'TFLOP/s',
     'share_of_peak': 'of peak',

@@ -929,22 +929,17 @@ def padded_V(low_rank, r):
     return F.pad(weight, (0, 0, 0, r - len(weight))).to(HALF)
 
 
-def rotation_of(residual):
-    """Returns the fixed rotation of what a sublayer commits, (d, d) bfloat16, or None where D itself is
-    committed."""
-    rotation = getattr(residual, 'rotation', None)
-    return None if rotation is None else rotation.to(HALF)
-
-
 class FastSublayer(Sublayer):
     """A ledger's sublayer that runs through the kernels. Beside D and C, its streams have what is still
     to be committed: c, VP and UP. The C that it returns is the one before that commit."""
+
+    rotation = None  # Q, (d, d), where what is committed is rotated
 
     def forward(self, streams):
         residual, function = self.residual, self.function
         gates = residual.erase_gate, residual.write_gate, residual.erase_direction  # the order of U
         r = padded_rank(len(residual.commit_map.V.weight))
-        rotation = rotation_of(residual)
+        rotation = None if self.rotation is None else self.rotation.to(HALF)
         U = torch.stack([padded_U(gate, r) for gate in gates])
         u, logit, D, C, projected = Read.apply(
             streams['D'],
@@ -1012,8 +1007,8 @@ class FastGPT(GPT):
     def decode(self, streams):
         """Makes the last commit, then decodes."""
         D = streams['D']
-        rotation = rotation_of(self.sublayers[-1].residual)
-        committed = D if rotation is None else F.linear(half(D), rotation)
+        rotation = self.sublayers[-1].rotation
+        committed = D if rotation is None else F.linear(half(D), rotation.to(HALF))
         p = F.linear(half(D), streams['VP'])
         return super().decode({'D': D, 'C': commit(committed, streams['C'], streams['c'], p, streams['UP'])})
 
@@ -1024,6 +1019,7 @@ def as_fast(model):
     fast_model.__class__ = FastGPT
     for sublayer in fast_model.sublayers:
         sublayer.__class__ = FastSublayer
+        sublayer.rotation = getattr(sublayer.residual, 'rotation', None)
     return fast_model
 
 

@@ -43,8 +43,13 @@ for what in $STEPS; do
     bench_24) bench bench_24 110 --arms="$ARMS" --batch_size=24 --turns=5 --skip_cold_starts ;;
     # 64 sequences a step, bfloat16 streams.
     bench_64) bench bench_64 80 --arms=baseline,ledger --bf16_streams=True --turns=5 --skip_cold_starts ;;
-    # From the start of a process with cold caches to its first step.
-    first_step) bench first_step 90 --arms=ledger --batch_size=24 --turns=1 --steps=1 ;;
+    # From the start of a process to its first step, with cold caches and with warm ones; and the same where
+    # PyTorch may also keep what it has traced of the kernels.
+    first_step) bench first_step 150 --arms=ledger --batch_size=24 --turns=1 --steps=1 ;;
+    first_step_kept)
+      export TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD=1
+      bench first_step_kept 150 --arms=ledger --batch_size=24 --turns=1 --steps=1
+      unset TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD ;;
     tests) step tests 110 "$PYTHON" -m pytest -q -x -m gpu tests/test_kernels.py --durations=5 ;;
     # Every test that needs a GPU.
     all_tests) step all_tests 240 "$PYTHON" -m pytest -q -m gpu tests --durations=15 ;;

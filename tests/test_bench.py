@@ -67,27 +67,29 @@ def test_the_bench_of_the_step_says_what_share_of_training_its_evaluations_take(
     assert line['evaluation_share'] == pytest.approx(line['evaluation_s'] / (50 * step_s), rel=0.1)
 
 
-def test_a_cold_start_is_a_process_of_its_own_with_empty_caches_unless_it_is_skipped(
+def test_cold_and_warm_starts_are_two_processes_with_the_same_caches_unless_they_are_skipped(
     tmp_path, monkeypatch, capsys
 ):
-    started = []
+    caches = []
 
     def run_in_this_process(argv, env=None, **options):  # another would spend its time on imports
         if env is None:
             return subprocess.CompletedProcess(argv, 0, 'a commit', '')
         assert argv[:3] == [sys.executable, '-m', 'speed.bench']
-        assert not Path(env['TRITON_CACHE_DIR']).exists()
-        assert not Path(env['TORCHINDUCTOR_CACHE_DIR']).exists()
-        started.append(argv)
+        caches.append((env['TRITON_CACHE_DIR'], env['TORCHINDUCTOR_CACHE_DIR']))
+        was_cold = not any(Path(folder).exists() for folder in caches[-1])
+        assert was_cold == (len(caches) == 1)
+        Path(caches[-1][0]).mkdir(exist_ok=True)
         bench.main(argv[3:])
         return subprocess.CompletedProcess(argv, 0, capsys.readouterr().out, '')
 
     monkeypatch.setattr(bench.subprocess, 'run', run_in_this_process)
     argv = '--arms=baseline', *SHORT, *SMALL
-    assert report_of(tmp_path, *argv)['arms']['baseline']['first_step_s'] > 0
-    assert len(started) == 1
+    line = report_of(tmp_path, *argv)['arms']['baseline']
+    assert line['first_step_s'] > 0 and line['first_step_warm_s'] > 0
+    assert len(caches) == 2 and caches[0] == caches[1]
     assert 'first_step_s' not in report_of(tmp_path, '--skip_cold_starts', *argv)['arms']['baseline']
-    assert len(started) == 1
+    assert len(caches) == 2
 
 
 def test_the_bench_under_torchrun_has_all_arms_and_says_how_long_they_wait_for_gradients(tmp_path):
