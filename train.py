@@ -361,9 +361,10 @@ class Run:
 
     def evaluate(self):
         """Returns a line of log.jsonl but for the speed of training."""
+        losses_begin = time.perf_counter()
         train_loss, *_ = self.losses('train')
         self.val_loss, *commit_rate = self.losses('val')
-        begin = time.perf_counter()
+        streams_begin = time.perf_counter()
         stream_precision = 'bfloat16' if self.config.bf16_streams else 'float32'
         return {
             'iter': self.iter_num,
@@ -373,8 +374,9 @@ class Run:
             'lr': learning_rate(self.iter_num, self.config),
             'commit_rate': commit_rate,
             'precision': f'{self.dtype} autocast, {stream_precision} streams',
+            'losses_s': round(streams_begin - losses_begin, 3),
             'streams': self.streams(),
-            'streams_s': round(time.perf_counter() - begin, 3),
+            'streams_s': round(time.perf_counter() - streams_begin, 3),
         }
 
     def record(self, pace):

@@ -29,7 +29,7 @@ TINY = dict(
     device='cpu',
 )
 ARMS = {'baseline': {}, 'ledger': dict(residual='ledger', gate_rank=4)}
-TIMES = {'tokens_per_s', 'mfu', 'streams_s'}
+TIMES = {'tokens_per_s', 'mfu', 'losses_s', 'streams_s'}
 TORCHRUN = [
     sys.executable,
     '-m',
