@@ -131,23 +131,21 @@ def test_a_run_killed_anywhere_and_restarted_until_it_ends_is_the_undisturbed_ru
     start(flags(dataset, whole, **settings), console).join()
     seconds, size = time.perf_counter() - begin, (whole / 'ckpt.pt').stat().st_size
     rng, kills, wanted = random.Random(0), 0, request.config.getoption('--runs')
-    for i in itertools.takewhile(lambda i: kills < wanted, itertools.count()):
-        out, status = tmp_path / f'run{i}', None
+    while kills < wanted:
+        out, status = tmp_path / f'run{kills}', None
         while status != 0:
-            how = (
-                (
-                    {},
-                    {'moment': rng.randrange(5, 40)},
-                    {'byte': rng.randrange(1000, size), 'at_byte': signal.SIG_DFL},
-                )[kills % 3]
-                if kills < wanted
-                else {}
-            )
+            # Killed at some time, at some file, at some byte, in turns; left alone once that is enough.
+            ways = [
+                {},
+                {'moment': rng.randrange(5, 40)},
+                {'byte': rng.randrange(1000, size), 'at_byte': signal.SIG_DFL},
+            ]
+            how = ways[kills % 3] if kills < wanted else {}
+            patience = rng.uniform(0, seconds) if kills < wanted and not how else 600
             begun = any((out / name).exists() for name in ('ckpt.pt', 'ckpt_prev.pt'))
-            child = start(
-                flags(dataset, out, init_from='resume' if begun else 'auto', **settings), console, **how
-            )
-            child.join(rng.uniform(0, seconds) if kills < wanted and not how else 60)
+            argv = flags(dataset, out, init_from='resume' if begun else 'auto', **settings)
+            child = start(argv, console, **how)
+            child.join(patience)
             child.kill()
             child.join()
             status = child.exitcode
