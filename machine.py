@@ -17,7 +17,7 @@ import os
 import sys
 from pathlib import Path
 
-# How often a waiting thread looks before it sleeps; libgomp's own limit is 300,000. A sleeper is slow to wake:
+# How often a waiting thread looks before it sleeps; libgomp's own limit is 300,000. A sleeper wakes slowly:
 # 5,000 looks cost the demo a tenth of its speed on two idle cores, and fewer cost more. Beside five other
 # programs a step takes half as long with this limit as without it.
 SPINS = '5000'
