@@ -31,6 +31,7 @@ QUANTITIES = {
 }
 SCHEMES = ('W8A8', 'W4A4')
 DRAWN, DAMAGE = 'fixed_dim_ratio', 'W4A4'
+LEAST_COLOUR_RANGE = 0.1  # so that one sink among all heads does not look like many
 
 
 def runs_below(folders):
@@ -85,7 +86,7 @@ def damage(run, scheme):
 
 def damage_cell(run, scheme):
     found = damage(run, scheme)
-    return '–' if found is None else with_interval(found, digits=2)
+    return '–' if found is None else with_interval(found)
 
 
 def tokens_per_second(run):
@@ -150,7 +151,7 @@ def draw(runs, path):
     with figure(path, 'outlier of the decoded stream and what rounding costs', 1, 3, (4.6, 4.8)) as axes:
         draw_points(axes[0], by_arm, 'at the last sublayer')
         colours = draw_points(axes[1], points(runs, 'value'), 'at its peak along the depth')
-        axes[1].figure.colorbar(colours, ax=axes[1], label='fraction of heads that are sinks')
+        axes[1].figure.colorbar(colours, ax=axes[1], label='heads that are sinks', format='{x:.0%}')
         axes[2].axis('off')
         axes[2].text(0, 1, names(by_arm), va='top', fontsize=8, family='monospace')
 
@@ -160,7 +161,8 @@ def draw_points(axis, by_arm, where):
     colours."""
     from matplotlib.ticker import LogLocator
 
-    most_sinks = max((sink or 0) for seeds in by_arm.values() for _, _, sink, _ in seeds) or 1
+    most_sinks = max((sink or 0) for seeds in by_arm.values() for _, _, sink, _ in seeds)
+    most_sinks = max(most_sinks, LEAST_COLOUR_RANGE)
     style = dict(cmap='YlGnBu', vmin=0, vmax=most_sinks, s=150, edgecolors='black', linewidths=0.6)
     for number, seeds in enumerate(by_arm.values(), 1):
         outliers, damages, sinks_of_seeds, _ = zip(*seeds)

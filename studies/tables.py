@@ -26,9 +26,11 @@ from studies.results import (
     stream_label,
     with_interval,
 )
+from studies.table import table_of
 
 SOURCE_SETS = ('demo_long', 'comparison_160m', 'comparison_290m')  # judged by the first set of rules
 SECOND_SETS = ('english',)  # judged by the second one
+ARM_SETS = ('arms',)  # one table of many arms; no claim is judged
 COLUMNS = {
     'fixed_dim_ratio': 'fixed-dimension ratio',
     'start_ratio': 'start ratio',
@@ -51,6 +53,11 @@ def compared(name):
     """Returns {(arm, seed): run} of a set in results/ that has one scale."""
     (runs,) = by_scale(runs_of(name)).values()
     return runs
+
+
+def named(runs):
+    """Returns {(arm, seed): run}. Unlike by_scale() it takes runs whose windows begin with another token."""
+    return {(run.arm, run.seed): run for run in runs}
 
 
 # ---- Runs
@@ -386,6 +393,9 @@ def tables():
     for name in SOURCE_SETS[1:]:
         found[f'existence in {name}'] = lambda name=name: existence_table(name)
         found[f'controls in {name}'] = lambda name=name: control_table(compared(name))
+    for name in ARM_SETS:
+        found[f'side by side in {name}'] = lambda name=name: table_of(runs_of(name)).strip()
+        found[f'objects in {name}'] = lambda name=name: verdicts.object_table(named(runs_of(name)))
     for name in SECOND_SETS:
         if (RESULTS / name).exists():
             found |= second_tables(RESULTS / name)

@@ -25,6 +25,11 @@ def test_every_table_is_made_from_the_files_in_results(name):
     assert block[1] == MAKERS[name](), 'run python -m studies.tables --write'
 
 
+@pytest.mark.parametrize('name', tables.ARM_SETS)
+def test_the_table_beside_the_arms_is_the_one_in_the_readme(name):
+    assert (RESULTS / name / 'table.md').read_text().strip() == MAKERS[f'side by side in {name}']().strip()
+
+
 def test_a_place_for_a_table_that_nobody_makes_is_named():
     with pytest.raises(UserError, match='there is no table of nothing: expected one of arms'):
         tables.filled('<!-- table of nothing -->\n<!-- end -->')
