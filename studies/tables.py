@@ -223,8 +223,8 @@ def precision_table(names):
 STREAMS_OF = {'baseline/h': 'h', 'ledger/D': 'D', 'ledger/C': 'C'}
 
 
-def emergence(name):
-    return read_json(RESULTS / 'emergence' / name / 'emergence.json')
+def emergence(name, file='emergence.json'):
+    return read_json(RESULTS / 'emergence' / name / file)
 
 
 def fit_row(run, stream, lines):
@@ -255,7 +255,7 @@ def prediction_table():
     """How well the architecture alone predicts what was left out."""
     words = {'curve': 'the whole curve', 'final': 'ratio at the end', 'half_step': 'step of half height'}
     rows = []
-    for key, line in emergence('sweep')['prediction'].items():
+    for key, line in emergence('sweep', 'prediction.json').items():
         of_arm = line['r2_of_arm']
         alone = [f'{of_arm[arm]:.2f}' if arm in of_arm else '–' for arm in STREAMS_OF]
         pooled = [f'{line[split]:.2f}' for split in ('r2_architectures_out', 'r2_random_split')]
