@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NUMBER = re.compile(r'(?<![\w.])[-+−]?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?(?![\w])%?')
 # What is no measurement: blocks and pieces of code, addresses, names of papers, headings, remarks.
-NO_PROSE = re.compile(r'^```.*?^```|`[^`]*`|\]\([^)]*\)|arXiv \d+\.\d+|^#.*?$|<!--.*?-->', re.S | re.M)
+NO_PROSE = re.compile(r'^```.*?^```|`[^`]*`|\]\([^)]*\)|arXiv\s+\d+\.\d+|^#.*?$|<!--.*?-->', re.S | re.M)
 SOURCE = re.compile(r'[(`](results/[\w./\-]*?\.(?:jsonl?|md))(?:#([\w\-]+))?[)`]')
 
 
