@@ -182,6 +182,9 @@ def verdict_text(verdict):
     """'last sublayer: no; along the depth: yes, in 6 of 8 sublayers that count; where m at j* peaks: yes'."""
     last, depth, peak = (WORDS[verdict[reading]] for reading in ('decoded', 'depth', 'published'))
     held = f'in {verdict["holding"]} of {verdict["counting"]}'
+    is_spread = verdict['depth'] is False and 2 * verdict['holding'] >= verdict['counting'] > 0
+    if is_spread:  # there is one nearly everywhere, but it is not the same dimension
+        held = f'in changing dimensions, {held}'
     return f'last sublayer: {last}; along the depth: {depth}, {held} that count; where m at j* peaks: {peak}'
 
 

@@ -33,7 +33,7 @@ from measure import (
     window_batches,
 )
 from model import GPT, Attention, GPTConfig
-from report import print_run
+from report import print_run, verdict_text
 from streams import row_median
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -876,6 +876,15 @@ def test_a_place_that_is_no_stream_is_said_in_a_sentence(place, sentence):
     with pytest.raises(UserError, match=sentence):
         collect(model, [torch.randint(100, (4, 12))], Statistics(5), streams={'x': [place]})
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_an_outlier_that_moves_from_dimension_to_dimension_is_none_along_the_depth_and_says_why():
+    verdict = {'decoded': True, 'depth': False, 'published': True, 'holding': 23, 'counting': 23}
+    assert 'along the depth: no, in changing dimensions, in 23 of 23 that count' in verdict_text(verdict)
+    verdict = {**verdict, 'depth': True}
+    assert 'along the depth: yes, in 23 of 23 that count' in verdict_text(verdict)
+    verdict = {**verdict, 'depth': False, 'holding': 5}
+    assert 'along the depth: no, in 5 of 23 that count' in verdict_text(verdict)
 
 
 # ---- the command line
