@@ -70,13 +70,12 @@ def test_settings_of_a_notebook_and_of_the_user_change_nothing(run, tmp_path):
     figures.draw_run('run', run, '')
     plain = (run / 'profile.png').read_bytes()
     (tmp_path / 'matplotlibrc').write_text('text.usetex: True\nfont.size: 40\n')
-    code = f'import sys; sys.path.insert(0, {str(ROOT)!r}); import figures; figures.main([{str(run)!r}])'
     settings = {
         'MPLBACKEND': 'module://matplotlib_inline.backend_inline',
         'MATPLOTLIBRC': str(tmp_path),
         'OMP_NUM_THREADS': '1',
     }
-    command = [sys.executable, '-c', code]
+    command = [sys.executable, str(ROOT / 'figures.py'), str(run)]
     done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True)
     assert done.returncode == 0 and 'profile.png' in done.stdout, done.stderr
     assert (run / 'profile.png').read_bytes() == plain

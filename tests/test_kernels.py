@@ -69,9 +69,10 @@ def error(found, expected):
 
 def in_the_interpreter(check):
     """Runs one of this file's functions, by its name, under Triton's interpreter."""
-    code = f'import sys; sys.path[:0] = ["tests", "."]; import test_kernels; test_kernels.{check}()'
-    environment = {**os.environ, 'TRITON_INTERPRET': '1'}
-    subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=environment, check=True)
+    path = os.pathsep.join([str(ROOT), str(ROOT / 'tests')])
+    environment = {**os.environ, 'TRITON_INTERPRET': '1', 'PYTHONPATH': path}
+    command = [sys.executable, '-c', f'import test_kernels; test_kernels.{check}()']
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
 
 
 def kernels_in_float32():
