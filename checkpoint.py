@@ -296,6 +296,17 @@ def add_run_arguments(parser, sequences, writes):
         help='checkpoints, folders of runs, folders above them, or hf:<name>[@<revision>] if pretrained',
     )
     parser.add_argument('--data', help="dataset, a name below data/ or a path (default: the run's own)")
+    add_reading_arguments(parser, sequences)
+    parser.add_argument('--out', type=Path, help=f"folder for {writes} (default: the run's own)")
+    parser.add_argument(
+        '--force',
+        action='store_true',
+        help='go on although data differ between runs, or from those of the training',
+    )
+
+
+def add_reading_arguments(parser, sequences):
+    """Declares what a model reads, and where it runs. sequences: as above."""
     parser.add_argument(
         '--text',
         nargs='+',
@@ -311,17 +322,11 @@ def add_run_arguments(parser, sequences, writes):
             help=f'how many windows of the data (default {sequences})',
         )
     parser.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
-    parser.add_argument('--out', type=Path, help=f"folder for {writes} (default: the run's own)")
     parser.add_argument(
         '--seed',
         type=int,
         default=0,
         help='of all that is drawn (default 0; the windows are then those of training)',
-    )
-    parser.add_argument(
-        '--force',
-        action='store_true',
-        help='go on although data differ between runs, or from those of the training',
     )
 
 

@@ -28,7 +28,8 @@ from checkpoint import OpenRun, output_folder
 from data.loader import Texts, UserError
 
 DEFAULT_BLOCK_SIZE = 1024
-STEP = re.compile(r'@(?:step|checkpoint-)(\d+)')  # how revisions, and folders of a Trainer, name a step
+# How revisions, and folders of a Trainer, name a step: step3000, stage1-step1000-tokens3B, checkpoint-500.
+STEP = re.compile(r'@(?:[^@]*[-_])?(?:step|checkpoint-)(\d+)')
 TOKENS_OF_CHECK = 24  # how many tokens a model is run on when it is opened
 # The share of a change at later tokens that may show at earlier ones: experts' sums may round differently.
 CAUSAL_TOLERANCE = 1e-3

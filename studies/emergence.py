@@ -2,12 +2,15 @@
 When does the outlier emerge? Fits a curve to the training-time series of every stream and sublayer.
 
     python -m studies.emergence out/ledger_160m out/baseline_160m       runs trained here, by their log.jsonl
+    python -m studies.emergence hf:EleutherAI/pythia-160m --revisions step0,step512,step143000 --text FILE …
     python -m studies.emergence --csv=series.csv                        columns step, sublayer, top1, median
     python -m studies.emergence --pack out/sweep/* --out=sweep.jsonl    many runs as one file, a line each
 
 The series. r(t) of a log is max_over_median: the largest entry of a sequence over its median, averaged over
 sequences (Gallego-Feliciano et al. 2025, eq. 6). A csv has only top1 and median, and there r = top1 / median.
-Of a pretrained model the series are those after whole blocks, which is what that publication fits.
+Of a run of train.py there is a series for each stream after each sublayer. Of a pretrained model there is
+one for h after each block, which is what that publication fits; studies/revisions.py measures them. The line
+that begins with "fitted" says which stream, where, and which ratio.
 
 The curve, its rivals and what is not reported of a fit: studies/curves.py.
 """
@@ -23,12 +26,13 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint import load_checkpoint, read_log
+from checkpoint import add_reading_arguments, is_pretrained, load_checkpoint, read_log
 from data.loader import UserError, atomic_write
 from figures import STREAM_STYLE, figure
 from measure import number
 from studies import science
 from studies.curves import CLASSES, FAMILIES, Series, curve_at, fit_all
+from studies.revisions import measure_revisions
 
 # Published mean R² over the layers of each Pythia model, one stream. Gallego-Feliciano et al. 2025, table 1.
 PUBLISHED_R2 = {
@@ -41,6 +45,10 @@ PUBLISHED_R2 = {
     '2.8B': 0.969,
     '6.9B': 0.995,
     '12B': 0.983,
+}
+RATIOS = {
+    'max_over_median': 'the largest entry of a sequence over its median, averaged over sequences',
+    'csv: top1 / median': 'top1 / median of the csv',
 }
 KEPT = ('max_over_median', 'top1', 'start_ratio')  # what a packed run keeps of its log; the first is fitted
 
@@ -195,6 +203,17 @@ def read_csv(path):
 # ---- What is printed
 
 
+def place_of(x):
+    """Returns what the stream of a Series was seen after: 'sublayer', or 'block' of a pretrained model."""
+    return 'block' if x.model and x.model.get('blocks_only') else 'sublayer'
+
+
+def what_is_fitted(series, ratios):
+    """Returns which streams, where, and which ratio: 'h after each block: the largest entry of …'."""
+    places = dict.fromkeys(f'{x.stream} after each {place_of(x)}' for x in series)
+    return f'{", ".join(places)}: {"; ".join(RATIOS[ratio] for ratio in ratios)}'
+
+
 def text(q, digits=3):
     """Returns a number, an interval or a missing value as a table has it."""
     if q is None:
@@ -208,7 +227,7 @@ def text(q, digits=3):
 
 def print_fit(x, fitted):
     """Prints what is known of one sublayer: a line if it is not fitted, else three."""
-    head = f'\n{x.run}, {x.stream}, sublayer {x.sublayer}: '
+    head = f'\n{x.run}, {x.stream}, {place_of(x)} {x.sublayer}: '
     if 'r2' not in fitted:
         print(head + fitted['note'])
         return
@@ -310,7 +329,8 @@ def draw_series(axis, x, fitted):
     first = x.t[x.t > 0][0] if (x.t > 0).any() else 1
     colour = STREAM_STYLE.get(x.stream, {}).get('color', '#000000')
     axis.plot(x.t, x.r, 'o', markersize=3, color=colour)
-    title = f'{x.stream}, {("attn", "mlp")[x.sublayer % 2]} {x.sublayer}'
+    kind = 'block' if place_of(x) == 'block' else ('attn', 'mlp')[x.sublayer % 2]
+    title = f'{x.stream}, {kind} {x.sublayer}'
     if 'curve' in fitted:
         # the axis is even up to the first step, and logarithmic after it
         t = np.concatenate([np.linspace(0, first, 30), np.geomspace(first, x.t[-1], 300)])
@@ -339,7 +359,7 @@ def draw_curves(run, rows, path):
         chosen[stream] = [pairs[round(i)] for i in places]
     width = max(map(len, chosen.values()))
     sublayers = max(map(len, streams.values()))
-    title = f'{run}\nlargest over median, with fits, {width} of {sublayers} sublayers'
+    title = f'{run}\nlargest over median, with fits, {width} of {sublayers} {place_of(rows[0][0])}s'
     with figure(path, title, len(chosen), width, (max(2.6, 5.2 / width), 2.3)) as axes:
         panels = np.array(list(axes)).reshape(len(chosen), width)
         for pairs, line in zip(chosen.values(), panels):
@@ -410,12 +430,31 @@ def parse_arguments(argv):
         type=Path,
         help="folder for emergence.json and figures (default: the first run's own, or that above several)",
     )
+    group = parser.add_argument_group(
+        'a pretrained model', 'Name it as hf:<name>, or a folder that holds a folder for each revision.'
+    )
+    group.add_argument('--revisions', help='with commas: step0,step512,step1000; measured at their blocks')
+    add_reading_arguments(group, sequences=64)
     args = parser.parse_args(argv)
+    check_revisions(args)
     if not (args.runs or args.csv or args.pack):
         raise UserError('nothing to read: name runs, like out/ledger_demo, or --csv=FILE, --pack')
     if args.pack and not args.out:
         raise UserError('--pack needs the file to write: --out=results/emergence/sweep.jsonl')
     return args
+
+
+def check_revisions(args):
+    """Says what is wrong with --revisions, or with a pretrained model without it."""
+    if args.revisions is not None and (len(args.runs) != 1 or args.csv or args.pack):
+        raise UserError('--revisions are those of one model: hf:<name> --revisions step0,step512 --text FILE')
+    if args.revisions is not None:
+        return
+    for run in map(str, args.runs):
+        if is_pretrained(run):
+            raise UserError(f'{run} is a pretrained model: name steps of its training with --revisions')
+    if args.text:
+        raise UserError('--text is what --revisions are measured on: name some, or leave it out')
 
 
 def write_packed(paths, out):
@@ -465,6 +504,8 @@ def two_of_each_kind(series):
 
 def analyse(args):
     """Fits what the command line names, prints the fits, and writes emergence.json and figures."""
+    if args.revisions is not None:
+        args.runs = [measure_revisions(args.runs[0], args)]
     series = read_series(args.runs, args.csv)
     out = output_folder(args)
     fits = fit_all(series)
@@ -475,9 +516,11 @@ def analyse(args):
     print_summary(summary)
     ratios = ['max_over_median'] if args.runs else []
     ratios += ['csv: top1 / median'] if args.csv else []
+    print(f'fitted: {what_is_fitted(series, ratios)}')
     report = {
         'schema': 1,
         'ratio': ' and '.join(ratios),
+        'fitted': what_is_fitted(series, ratios),
         'summary': summary,
         'published_r2': PUBLISHED_R2,
         'series': [

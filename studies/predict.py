@@ -181,7 +181,7 @@ def rows_of_one_length(series, fits):
     """Returns [(Series, fit)] of what can be regressed, and the step at which all of it ends.
 
     A ratio at the end of another length of training is another quantity."""
-    known = [(x, f) for x, f in zip(series, fits) if x.model and 'curve' in f]
+    known = [(x, f) for x, f in zip(series, fits) if 'residual' in (x.model or {}) and 'curve' in f]
     if len({architecture(x.model) for x, _ in known}) < FEWEST_ARCHITECTURES:
         raise UserError(
             f'a regression needs fitted runs of at least {FEWEST_ARCHITECTURES} architectures: '
