@@ -2,8 +2,7 @@
 The folder of a run, out/<run>/: its checkpoints and its log, written whole or not at all, and opened for
 reading."""
 
-import errno
-import fcntl
+import argparse
 import json
 import math
 import os
@@ -17,16 +16,11 @@ from pathlib import Path
 import torch
 from torch.utils._pytree import tree_leaves
 
-from data.loader import Texts, Tokens, UserError, atomic_write, dataset_folder, encoding, read_meta
+from data.loader import Texts, Tokens, UserError, atomic_write, dataset_folder, encoding, lock, read_meta
 from model import GPT, GPTConfig
 
-ROOM_FOR_REPORTS = (
-    2**21
-)  # bytes that a report and its pictures may take: tried before a measurement, not after it
-
-
-# What a file system says that knows no locks: some network disks and containers.
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+# Bytes that a report and its pictures may take: tried before a measurement, not after it.
+ROOM_FOR_REPORTS = 2**21
 
 
 class DamagedCheckpoint(UserError):
@@ -177,17 +171,12 @@ class RunFolder:
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.path / 'lock', 'a')
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f'another run is writing to {self.path}: wait for it, or name another --out_dir'
-                ) from None
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise
+            reason = lock(
+                self.lock, f'another run is writing to {self.path}: wait for it, or name another --out_dir'
+            )
+            if reason:
                 self.say(
-                    f'the file system of {self.path} has no locks ({error.strerror}): '
+                    f'the file system of {self.path} has no locks ({reason}): '
                     'see to it that no second run writes there'
                 )
 
@@ -284,11 +273,16 @@ def resumable(checkpoint, optimizer, path):
     return {'state': state, 'param_groups': now['param_groups']}
 
 
-def add_run_arguments(parser, sequences, writes):
-    """Declares the arguments of every program that reads runs; open_runs and check_run_arguments know them.
+def run_parser(description, sequences, writes):
+    """Returns a parser with the arguments of every program that reads runs; open_runs and check_run_arguments
+    know them.
 
+    description: what the program does, as its docstring has it.
     sequences: the default of --sequences, or None for a program that has no such argument.
     writes: what the program writes, as its help says it: 'measure.json and figures'."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         '--ckpt',
         nargs='+',
@@ -303,6 +297,7 @@ def add_run_arguments(parser, sequences, writes):
         action='store_true',
         help='go on although data differ between runs, or from those of the training',
     )
+    return parser
 
 
 def add_reading_arguments(parser, sequences):
@@ -514,7 +509,7 @@ def output_folder(args, name, path):
 def open_runs(args, split='val'):
     """Yields an OpenRun for every checkpoint that --ckpt names, one in memory at a time.
 
-    args: as add_run_arguments declares and check_run_arguments checks them. Raises UserError, before the
+    args: as run_parser declares and check_run_arguments checks them. Raises UserError, before the
     first set of weights is loaded, where runs have different data or data that they were not trained on: that
     would compare apples with pears."""
     pretrained_names = [name for name in args.ckpt if is_pretrained(name)]

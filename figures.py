@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoint import read_log
-from data.loader import UserError, atomic_write
+from data.loader import UserError, atomic_write, user_errors_exit
 
 HEADLINES = {  # key → name in tables and figures. All but the two persistences belong to one sublayer.
     'fixed_dim_ratio': 'fixed-dimension ratio',
@@ -409,10 +409,8 @@ def run(argv):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    try:
+    with user_errors_exit():
         run(argv)
-    except UserError as error:
-        sys.exit(f'error: {error}')
 
 
 if __name__ == '__main__':

@@ -1,11 +1,9 @@
 """
 What a program settles with its machine before PyTorch is imported. Every program imports this module first.
 
-- OpenMP's threads wait for one another at the end of every operation, and they wait by spinning. On a
-machine that
-is busy with something else the one waited for may not be running, and the others burn the time that it
-needs. They
-  spin for a bounded time here, and then sleep.
+- OpenMP's threads wait for one another at the end of every operation, and they wait by spinning. On a machine
+  that is busy with something else the one waited for may not be running, and the others burn the time that it
+  needs. They spin for a bounded time here, and then sleep.
 - PyTorch starts a thread for every core that it sees; a container may be allowed fewer.
 - A console may lack a character, such as α. It shows a question mark then, and the program goes on.
 

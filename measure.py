@@ -47,7 +47,6 @@ Vemula 2026, arXiv 2606.20743; [Z] Sun, Canziani, LeCun, Zhu 2026, arXiv 2603.05
 
 import machine
 
-import argparse
 import json
 import math
 import os
@@ -62,14 +61,14 @@ import torch.nn.functional as F
 
 import figures
 from checkpoint import (
-    add_run_arguments,
     build_model,
     check_run_arguments,
     load_checkpoint,
     open_runs,
     read_log,
+    run_parser,
 )
-from data.loader import UserError, atomic_write
+from data.loader import UserError, atomic_write, user_errors_exit
 from figures import HEADLINES
 from hooks import hooked, modules_hooked
 from report import REFERENCE, compare, judge, print_comparison, print_run, untrained_bounds
@@ -482,10 +481,7 @@ def paired_difference(report, first):
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_run_arguments(parser, sequences=256, writes='measure.json and figures')
+    parser = run_parser(__doc__, sequences=256, writes='measure.json and figures')
     parser.add_argument(
         '--topk', type=int, default=5, help='how many of the largest magnitudes to list (default 5)'
     )
@@ -536,9 +532,8 @@ def command(run, argv, too_large='this model in float32: use --device=cpu'):
     torch.set_float32_matmul_precision('highest')
     torch.backends.cudnn.allow_tf32 = False
     try:
-        run(argv)
-    except UserError as error:
-        sys.exit(f'error: {error}')
+        with user_errors_exit():
+            run(argv)
     except torch.cuda.OutOfMemoryError:
         sys.exit(f'error: the GPU has too little free memory for {too_large}')
     except KeyboardInterrupt:

@@ -454,7 +454,7 @@ def first_token(tokenizer, bos):
 def open_run(name, args):
     """Opens a pretrained model for reading, and returns a checkpoint.OpenRun.
 
-    name: as find_model takes it; args: the arguments of checkpoint.add_run_arguments."""
+    name: as find_model takes it; args: the arguments of checkpoint.run_parser."""
     source, revision, label = find_model(name)
     if not args.text:
         raise UserError(f'{label} reads text in its own tokenizer: name some with --text FILE …')

@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 from arms import arm_part
 from checkpoint import RunFolder, build_model, differences, resumable
-from data.loader import Tokens, UserError, dataset_folder, read_meta
+from data.loader import Tokens, UserError, dataset_folder, read_meta, user_errors_exit
 from measure import Statistics, at_once, collect, training_record, window_batches
 from model import GPT, twin
 from settings import FREE_TO_CHANGE, Config, help_text, read_config
@@ -594,9 +594,8 @@ def main(argv=None):
         machine.say(__doc__ + '\n' + help_text())
         return
     try:
-        train(read_config(argv))
-    except UserError as error:
-        sys.exit(f'error: {error}')
+        with user_errors_exit():
+            train(read_config(argv))
     except KeyboardInterrupt:
         machine.complain('stopped before the first step')
         sys.exit(128 + signal.SIGINT)

@@ -11,9 +11,12 @@ Token files: from `data/<name>/{train,val}.bin` and `meta.json` to batches.
 
 import machine  # noqa: F401
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import sys
 from bisect import bisect_right
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +28,8 @@ import torch
 
 
 class UserError(Exception):
-    """A mistake that the person at the keyboard can mend. Every main() prints it without a traceback.
+    """A mistake that the person at the keyboard can mend. Every main() prints it without a traceback, with
+    user_errors_exit.
 
     setting: the name of the setting whose value is wrong, where it is one."""
 
@@ -34,7 +38,18 @@ class UserError(Exception):
         self.setting = setting
 
 
+@contextmanager
+def user_errors_exit():
+    """A UserError in the block ends the program: its sentence goes to the console, without a traceback."""
+    try:
+        yield
+    except UserError as error:
+        sys.exit(f'error: {error}')
+
+
 HERE = Path(__file__).parent
+# What a file system says that knows no locks: some network disks and containers.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 END_OF_TEXT = '<|endoftext|>'
 # What a set without meta.json is taken to be.
 GPT2_META = {'tokenizer': 'gpt2', 'vocab_size': 50257, 'eot': 50256}
@@ -143,6 +158,21 @@ def atomic_write(path, mode='wb'):
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def lock(file, message):
+    """Locks an open file or folder against other processes, until it is closed or this process ends.
+
+    Returns None, or the reason why the file system has no locks. Raises UserError(message) if another process
+    has the lock."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(message) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return error.strerror
 
 
 def philox(seed, stream):

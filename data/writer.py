@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from contextlib import contextmanager
 from hashlib import sha256
+from pathlib import Path
 
 import numpy as np
 
@@ -66,6 +67,17 @@ def write_dataset(out, meta):
             announce(out, meta)
     except OSError as error:
         raise UserError(f'cannot write to {out}: {error.strerror}') from None
+
+
+def add_out_argument(parser, script):
+    """Adds --out, the folder that the dataset is written to: the one of the script, if none is named."""
+    parser.add_argument(
+        '--out',
+        type=Path,
+        default=Path(script).parent,
+        metavar='FOLDER',
+        help='where to write (default: beside this script)',
+    )
 
 
 def number(flag, text):

@@ -38,7 +38,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.loader import Tokens, UserError, atomic_write
+from data.loader import Tokens, UserError, atomic_write, user_errors_exit
 from measure import REPLICATES, Statistics, at_once, collect, window_batches
 from train import Run, World, read_config
 
@@ -506,10 +506,8 @@ def main(argv=None):
     args, args.settings = parser.parse_known_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
     args.arms = args.arms.split(',')
-    try:
+    with user_errors_exit():
         bench(args)
-    except UserError as error:
-        sys.exit(f'error: {error}')
 
 
 if __name__ == '__main__':

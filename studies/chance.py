@@ -17,14 +17,13 @@ in one reading, at one scale. Three answers, in a table with a row for each clai
   Such a stream has large dimensions, and none of them is larger at the first token."""
 
 import argparse
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 
-from data.loader import UserError
+from data.loader import user_errors_exit
 from measure import Statistics, stream_report
 from studies import verdicts
 from studies.evidence import counted, holds_in_all
@@ -174,15 +173,13 @@ def main(argv=None):
     parser.add_argument('--spread', type=float, default=0.5, help='of the noise (default 0.5)')
     parser.add_argument('--post-hoc', action='store_true', help='as of studies.verdicts')
     args = parser.parse_args(argv)
-    try:
+    with user_errors_exit():
         groups = by_scale(runs_in(args.folder))
         noise = count(verdicts.judge(noise_runs(args.spread)))
         report = {scale: chance_report(runs, noise, args.post_hoc) for scale, runs in groups.items()}
         for scale, of_scale in report.items():
             print(f'## {scale}: chance\n\n{chance_table(of_scale)}\n')
         write_json(args.folder / 'chance.json', rounded(report))
-    except UserError as error:
-        sys.exit(f'error: {error}')
 
 
 if __name__ == '__main__':

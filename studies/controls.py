@@ -25,7 +25,6 @@ of C[j]. The others are multiplied by the sign of C[j], token by token, and add 
 their sums over it are the shares. `others` is the control: the same averaged over 32 random dimensions.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -36,12 +35,12 @@ import torch.nn.functional as F
 
 import measure
 from checkpoint import (
-    add_run_arguments,
     build_model,
     check_run_arguments,
     is_pretrained,
     load_checkpoint,
     open_runs,
+    run_parser,
 )
 from data.loader import UserError, atomic_write, philox
 from measure import REPLICATES, Statistics, collect, headline, number, stream_report, window_batches
@@ -332,10 +331,7 @@ def print_commits(after):
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_run_arguments(parser, sequences=256, writes='controls.json')
+    parser = run_parser(__doc__, sequences=256, writes='controls.json')
     args = parser.parse_args(argv)
     check_run_arguments(args, sequences=2)
     return args

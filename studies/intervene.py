@@ -65,7 +65,6 @@ Sources: Sun et al. 2024, arXiv 2402.17762 (interventions, implicit bias); Gu et
 (sink metric).
 """
 
-import argparse
 import json
 import os
 from contextlib import contextmanager
@@ -74,7 +73,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from checkpoint import add_run_arguments, check_run_arguments, open_runs
+from checkpoint import check_run_arguments, open_runs, run_parser
 from data.classes import CLASSES, describe, language_of
 from data.loader import UserError, atomic_write, encoding
 from data.progress import Progress
@@ -527,10 +526,7 @@ def intervene(run, args):
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_run_arguments(parser, sequences=32, writes='intervene.json and figures')
+    parser = run_parser(__doc__, sequences=32, writes='intervene.json and figures')
     parser.add_argument('--stream', help="one of the model's streams (default: all of them)")
     parser.add_argument(
         '--sublayer',

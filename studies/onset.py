@@ -17,14 +17,13 @@ The p-value is two-sided, over 10,000 permutations of the intervals. Among C cla
 chance.
 """
 
-import argparse
 import json
 import math
 from pathlib import Path
 
 import numpy as np
 
-from checkpoint import add_run_arguments, check_run_arguments, open_runs, read_log
+from checkpoint import check_run_arguments, open_runs, read_log, run_parser
 from data.loader import UserError, atomic_write
 from figures import HEADLINES, STREAM_STYLE, figure
 from measure import command, number, sequences_at_once
@@ -183,10 +182,7 @@ def print_stream(s):
 
 
 def run(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_run_arguments(parser, sequences=64, writes='onset.json and its figure')
+    parser = run_parser(__doc__, sequences=64, writes='onset.json and its figure')
     args = parser.parse_args(argv)
     check_run_arguments(args, sequences=1)
     for folder in map(Path, args.ckpt):

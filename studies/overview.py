@@ -17,12 +17,11 @@ A figure whose runs are not there is left out. All but scale.png are of one scal
 import argparse
 import math
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 
-from data.loader import UserError
+from data.loader import UserError, user_errors_exit
 from figures import HEADLINES, figure
 from report import COUNTS_FROM, TIMES_UNTRAINED
 from studies.results import DOSE, SCALES, by_scale, runs_in, significant
@@ -321,7 +320,7 @@ def main(argv=None):
     parser.add_argument('folders', nargs='+', type=Path, help='sets of runs: <arm>_<scale>_<seed>/ in each')
     parser.add_argument('--out', type=Path, help='folder for the figures (default: the set, if it is one)')
     args = parser.parse_args(argv)
-    try:
+    with user_errors_exit():
         if len(args.folders) > 1 and not args.out:
             raise UserError('several sets are drawn together: name a folder for the figures with --out')
         runs = [run for folder in args.folders for run in runs_in(folder)]
@@ -329,8 +328,6 @@ def main(argv=None):
         out.mkdir(parents=True, exist_ok=True)
         for path in draw_all(runs, out):
             print(f'written: {path}')
-    except UserError as error:
-        sys.exit(f'error: {error}')
 
 
 if __name__ == '__main__':

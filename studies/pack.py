@@ -20,13 +20,12 @@ import argparse
 import json
 import math
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 
 from checkpoint import read_log
-from data.loader import UserError, atomic_write
+from data.loader import UserError, atomic_write, user_errors_exit
 from figures import PROFILE
 
 DIGITS, FINE_DIGITS, LOG_DIGITS = 4, 6, 3  # significant
@@ -270,7 +269,7 @@ def main(argv=None):
         '--again', action='store_true', help='the folders hold packed runs: pack each where it is'
     )
     args = parser.parse_args(argv)
-    try:
+    with user_errors_exit():
         if args.again == bool(args.out):
             raise UserError('say where packed runs go with --out=results/<set>, or pack them --again')
         runs = args.folders
@@ -282,8 +281,6 @@ def main(argv=None):
             if not names:
                 raise UserError(f'{run} holds no measure.json or log.jsonl: train and measure the run first')
             print(f'{os.path.relpath(target)}: {", ".join(names)}')
-    except UserError as error:
-        sys.exit(f'error: {error}')
 
 
 if __name__ == '__main__':

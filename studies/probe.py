@@ -43,7 +43,6 @@ probe.json:
 Majority and scores are shares of the test side as {"value", "low", "high"} over the seeds.
 """
 
-import argparse
 import json
 import math
 import os
@@ -53,7 +52,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from checkpoint import add_run_arguments, check_run_arguments, open_runs
+from checkpoint import check_run_arguments, open_runs, run_parser
 from data.classes import CLASSES, describe, language_of
 from data.loader import UserError, atomic_write, philox
 from data.progress import Progress
@@ -443,10 +442,7 @@ def probe_run(run, args):
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_run_arguments(parser, sequences=128, writes='probe.json and the figure')
+    parser = run_parser(__doc__, sequences=128, writes='probe.json and the figure')
     parser.add_argument('--stream', default='all', help='h, D, C, or all (default)')
     parser.add_argument(
         '--sublayer',

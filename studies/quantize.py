@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from checkpoint import add_run_arguments, check_run_arguments, open_runs
+from checkpoint import check_run_arguments, open_runs, run_parser
 from data.loader import UserError, atomic_write
 from data.progress import Progress
 from figures import STREAM_STYLE, cell, figure, short
@@ -385,10 +385,7 @@ def sublayers(text):
 
 
 def run(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_run_arguments(parser, sequences=64, writes='quantize.json and a figure')
+    parser = run_parser(__doc__, sequences=64, writes='quantize.json and a figure')
     parser.add_argument('--skip', type=sublayers, default=set(), help='sublayers to leave in full precision')
     parser.add_argument('--sweep', action='store_true', help='find the sublayers and streams that cost most')
     args = parser.parse_args(argv)

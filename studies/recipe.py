@@ -44,7 +44,7 @@ from pathlib import Path
 import numpy
 import torch
 
-from data.loader import UserError, dataset_folder, read_meta
+from data.loader import UserError, dataset_folder, read_meta, user_errors_exit
 from studies.pack import pack_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -415,28 +415,30 @@ def arguments():
     return parser
 
 
+def run(args):
+    """Makes and packs the runs of the queue. Returns the names of those that are not packed."""
+    for word in args.settings:
+        if not re.match(r'--\w+=', word):
+            raise UserError(f"'{word}' is neither a flag of the recipe nor a setting like --max_iters=4100")
+    if args.resumable:
+        args.reserve = 0
+    if args.gpus is None:
+        args.gpus = ','.join(map(str, range(torch.cuda.device_count())))
+    args.runs, args.pack = args.runs.resolve(), args.pack.resolve()
+    args.pack.mkdir(parents=True, exist_ok=True)
+    runs = read_queue(args.queue.read_text() if args.queue else QUEUE)
+    prepare(args)
+    return Recipe(args, runs).run_all(args.gpus.split(','))
+
+
 def main(argv=None):
     parser = arguments()
     args, args.settings = parser.parse_known_args(argv)
     try:
-        for word in args.settings:
-            if not re.match(r'--\w+=', word):
-                raise UserError(
-                    f"'{word}' is neither a flag of the recipe nor a setting like --max_iters=4100"
-                )
-        if args.resumable:
-            args.reserve = 0
-        if args.gpus is None:
-            args.gpus = ','.join(map(str, range(torch.cuda.device_count())))
-        args.runs, args.pack = args.runs.resolve(), args.pack.resolve()
-        args.pack.mkdir(parents=True, exist_ok=True)
-        runs = read_queue(args.queue.read_text() if args.queue else QUEUE)
-        prepare(args)
-        missing = Recipe(args, runs).run_all(args.gpus.split(','))
+        with user_errors_exit():
+            missing = run(args)
     except OSError as error:
         sys.exit(f'error: {error.filename}: {error.strerror}')
-    except UserError as error:
-        sys.exit(f'error: {error}')
     for name in missing:
         print(f'not packed: {name}')
     sys.exit(1 if missing else 0)

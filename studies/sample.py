@@ -9,12 +9,11 @@ A sample ends at the end-of-text id. The whole text is read again for each token
 tokens where it is longer: nothing is kept between steps, so every arm and every pretrained model can be
 asked."""
 
-import argparse
 from pathlib import Path
 
 import torch
 
-from checkpoint import add_run_arguments, check_run_arguments, open_runs
+from checkpoint import check_run_arguments, open_runs, run_parser
 from data.loader import UserError
 from measure import command
 
@@ -92,10 +91,7 @@ def run(argv):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_run_arguments(parser, sequences=None, writes='nothing')
+    parser = run_parser(__doc__, sequences=None, writes='nothing')
     parser.add_argument('--prompt', default='', help='what to continue, or FILE:<path> (default: nothing)')
     parser.add_argument('--samples', type=int, default=1, help='how many continuations (default 1)')
     parser.add_argument('--length', type=int, default=200, help='tokens of each, at most (default 200)')

@@ -14,10 +14,9 @@ Writes table.md and table.png, and prints the table.
 
 import argparse
 import statistics
-import sys
 from pathlib import Path
 
-from data.loader import UserError, atomic_write
+from data.loader import UserError, atomic_write, user_errors_exit
 from figures import figure
 from studies.results import RUN_NAME, Run, markdown, significant, with_interval
 
@@ -225,10 +224,8 @@ def main(argv=None):
     )
     parser.add_argument('folders', nargs='+', type=Path, help='runs, or folders that hold runs')
     parser.add_argument('--out', type=Path, help='folder for the table and the figure (default: the first)')
-    try:
+    with user_errors_exit():
         run(parser.parse_args(argv))
-    except UserError as error:
-        sys.exit(f'error: {error}')
 
 
 if __name__ == '__main__':

@@ -9,10 +9,9 @@ Every README.md below results/ may have such places. A test holds them to what t
 
 import argparse
 import re
-import sys
 from functools import cache
 
-from data.loader import UserError, atomic_write
+from data.loader import UserError, atomic_write, user_errors_exit
 from studies import first_rules, verdicts
 from studies.chance import chance_table
 from studies.pack import read_json
@@ -434,7 +433,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description='Makes the tables of results/README.md.')
     parser.add_argument('--write', action='store_true', help='put them into the READMEs in results/')
     args = parser.parse_args(argv)
-    try:
+    with user_errors_exit():
         if args.write:
             for path in sorted(RESULTS.rglob('README.md')):
                 text = filled(path.read_text())
@@ -443,8 +442,6 @@ def main(argv=None):
         else:
             for name, make in tables().items():
                 print(f'{name}\n\n{make()}\n')
-    except UserError as error:
-        sys.exit(f'error: {error}')
 
 
 if __name__ == '__main__':

@@ -26,12 +26,11 @@ the sublayer where m of the dominant dimension peaks: only the published reading
 
 import argparse
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import report
-from data.loader import UserError
+from data.loader import user_errors_exit
 from figures import HEADLINES
 from studies import first_rules
 from studies.evidence import (
@@ -533,13 +532,11 @@ def main(argv=None):
         '--post-hoc', action='store_true', help='judge values where a measurement has no intervals'
     )
     args = parser.parse_args(argv)
-    try:
+    with user_errors_exit():
         for scale, runs in by_scale(runs_in(args.folder)).items():
             found = tables_first(runs) if args.rules == 'first' else tables_second(runs, args.post_hoc)
             for title, text in found.items():
                 print(f'## {scale}: {title}\n\n{text}\n')
-    except UserError as error:
-        sys.exit(f'error: {error}')
 
 
 if __name__ == '__main__':

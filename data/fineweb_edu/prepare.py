@@ -13,8 +13,6 @@ shards, several at a time → parts/ → in their order into parts/joined.bin �
 """
 
 import argparse
-import errno
-import fcntl
 import http.client
 import json
 import os
@@ -36,14 +34,13 @@ import numpy as np
 # Run as a script, it finds the repository and not its own folder.
 if __name__ == '__main__':
     sys.path[0] = str(Path(__file__).resolve().parents[2])
-from data.loader import GPT2_META, SHARD_HEADER, UserError, shard_tokens
+from data.loader import GPT2_META, SHARD_HEADER, UserError, lock, shard_tokens, user_errors_exit
 from data.progress import Progress
-from data.writer import announce, number
+from data.writer import add_out_argument, announce, number
 
 DATASET = 'kjj0/finewebedu10B-gpt2'
 URL = f'https://huggingface.co/datasets/{DATASET}/resolve/main'
 SHARDS, SHARD_TOKENS = 99, 100_000_000  # training shards; ids in every shard
-NO_LOCKS = errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP  # what a file system says that knows no locks
 VAL_TOKENS = 4_000_000  # of the validation shard's, the first: as in the publication
 BLOCK = 1 << 18  # bytes: a process that is killed has lost less than this of every download
 TRIES = 8  # failures in a row without a byte won, after which a download is given up
@@ -199,32 +196,21 @@ def join(joined, wanted):
 
 @contextmanager
 def alone_in(folder):
-    """Keeps other processes out of the folder until the block ends, or this process, however it ends."""
+    """Keeps other processes out of the folder until the block ends, or this process, however it ends. Where
+    the file system has no locks, this is said, and the download goes on."""
     folder.mkdir(parents=True, exist_ok=True)
     fd = os.open(folder, os.O_RDONLY)
     try:
-        lock(fd, folder)
+        reason = lock(fd, f'another process is downloading to {folder}: wait for it, or name another --out')
+        if reason:
+            print(
+                f'the file system of {folder} has no locks ({reason}): '
+                'see to it that no second download writes there',
+                file=sys.stderr,
+            )
         yield
     finally:
         os.close(fd)
-
-
-def lock(fd, folder):
-    """Locks an open folder. Where the file system has no locks, this is said, and the download goes on."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(
-            f'another process is downloading to {folder}: wait for it, or name another --out'
-        ) from None
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        print(
-            f'the file system of {folder} has no locks ({error.strerror}): '
-            'see to it that no second download writes there',
-            file=sys.stderr,
-        )
 
 
 def is_made(out, meta):
@@ -319,19 +305,12 @@ def main(argv=None):
     parser.add_argument(
         '--url', default=URL, help='the folder of the shards, for a mirror (default: the hub)'
     )
-    parser.add_argument(
-        '--out',
-        type=Path,
-        default=Path(__file__).parent,
-        metavar='FOLDER',
-        help='where to write (default: beside this script)',
-    )
+    add_out_argument(parser, __file__)
     parser.add_argument('--workers', type=int, default=8, metavar='N', help='downloads at a time (default 8)')
     args, stop = parser.parse_args(argv), threading.Event()
     try:
-        prepare(args, stop)
-    except UserError as error:
-        sys.exit(f'error: {error}')
+        with user_errors_exit():
+            prepare(args, stop)
     except OSError as error:
         sys.exit(
             f'error: cannot write to {args.out} ({error.strerror}): what is there is kept; '

@@ -29,9 +29,9 @@ if __name__ == '__main__':
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 from machine import usable_cores
 
-from data.loader import UserError, dataset_folder, encoding
+from data.loader import UserError, dataset_folder, encoding, user_errors_exit
 from data.progress import Progress
-from data.writer import number, tokenize, write_dataset
+from data.writer import add_out_argument, number, tokenize, write_dataset
 
 # What train.py makes for the demo configs by itself: quick, and nearly the same on every machine.
 DEMO = ['--stdlib', '--tokenizer=bytes', '--limit=8M', f'--out={dataset_folder("pysource_demo")}']
@@ -216,20 +216,12 @@ def main(argv=None):
     parser.add_argument(
         '--limit', default='inf', metavar='BYTES', help='stop at this many bytes of source, as in 8M'
     )
-    parser.add_argument(
-        '--out',
-        type=Path,
-        default=Path(__file__).parent,
-        metavar='FOLDER',
-        help='where to write (default: beside this script)',
-    )
+    add_out_argument(parser, __file__)
     parser.add_argument(
         '--workers', type=int, default=usable_cores(), metavar='N', help='threads (default: one per core)'
     )
-    try:
+    with user_errors_exit():
         prepare(parser.parse_args(argv))
-    except UserError as error:
-        sys.exit(f'error: {error}')
 
 
 if __name__ == '__main__':

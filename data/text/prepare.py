@@ -41,9 +41,9 @@ if __name__ == '__main__':
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 from machine import usable_cores
 
-from data.loader import UserError, encoding
+from data.loader import UserError, encoding, user_errors_exit
 from data.progress import Progress
-from data.writer import tokenize, write_dataset
+from data.writer import add_out_argument, tokenize, write_dataset
 
 TEXTS, LINES_OF_JSON = ('.txt', '.md', '.py'), ('.jsonl', '.json')
 UNPACK_FIRST = (
@@ -444,13 +444,7 @@ def arguments():
         metavar='SHARE',
         help='of the text to validate on (default: 1/16)',
     )
-    parser.add_argument(
-        '--out',
-        type=Path,
-        default=Path(__file__).parent,
-        metavar='FOLDER',
-        help='where to write (default: beside this script)',
-    )
+    add_out_argument(parser, __file__)
     parser.add_argument(
         '--workers', type=int, default=usable_cores(), metavar='N', help='threads (default: one per core)'
     )
@@ -459,9 +453,8 @@ def arguments():
 
 def main(argv=None):
     try:
-        prepare(arguments().parse_intermixed_args(argv))
-    except UserError as error:
-        sys.exit(f'error: {error}')
+        with user_errors_exit():
+            prepare(arguments().parse_intermixed_args(argv))
     except KeyboardInterrupt:
         print('stopped: nothing is written, and an older dataset is as it was', file=sys.stderr)
         sys.exit(130)
