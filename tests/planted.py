@@ -3,28 +3,20 @@
 import json
 
 SUBLAYERS = 4
-TRAINED = dict(
-    start_ratio=30,
-    start_persistence=0.9,
-    start_token_concentration=5,
-    relative_start_concentration=4,
-    fixed_dim_ratio=20,
-    kurtosis=20,
-    persistence=0.9,
-    max_over_median=40,
-    start_dim_concentration=5,
-)
-UNTRAINED = dict(
-    start_ratio=3,
-    start_persistence=0.2,
-    start_token_concentration=1,
-    relative_start_concentration=1,
-    fixed_dim_ratio=2,
-    kurtosis=0,
-    persistence=0.2,
-    max_over_median=5,
-    start_dim_concentration=1,
-)
+# {quantity: (its value after training, of the untrained weights)}
+VALUES = {
+    'start_ratio': (30, 3),
+    'start_persistence': (0.9, 0.2),
+    'start_token_concentration': (5, 1),
+    'relative_start_concentration': (4, 1),
+    'fixed_dim_ratio': (20, 2),
+    'kurtosis': (20, 0),
+    'persistence': (0.9, 0.2),
+    'max_over_median': (40, 5),
+    'start_dim_concentration': (5, 1),
+}
+TRAINED = {key: trained for key, (trained, _) in VALUES.items()}
+UNTRAINED = {key: untrained for key, (_, untrained) in VALUES.items()}
 OF_STREAM = ('persistence', 'start_persistence')
 
 

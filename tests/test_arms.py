@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import training
 from reference import ARMS, reference_of
 
 import arms
@@ -642,40 +643,17 @@ def test_what_an_arm_imports_is_not_what_it_replaces(own_arm):
 # ---- a run
 
 
-TINY = dict(
-    n_layer=2,
-    n_head=2,
-    n_embd=16,
-    block_size=16,
-    batch_size=4,
-    max_iters=4,
-    warmup_iters=2,
-    eval_interval=4,
-    eval_sequences=8,
-    ckpt_interval=2,
-    compile=False,
-    device='cpu',
-)
+SHORT = dict(n_layer=2, max_iters=4, warmup_iters=2, eval_interval=4, eval_sequences=8, ckpt_interval=2)
 
 
 @pytest.fixture(scope='module')
 def dataset(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('data') / 'words'
-    folder.mkdir()
-    text = b'the ledger keeps what deliberation commits and scratch is written over again ' * 60
-    for split in ('train', 'val'):
-        np.frombuffer(text, np.uint8).astype('<u2').tofile(folder / f'{split}.bin')
-    meta = {'tokenizer': 'bytes', 'vocab_size': 257, 'eot': 256}
-    (folder / 'meta.json').write_text(json.dumps(meta))
-    return folder
+    return training.write_dataset(tmp_path_factory.mktemp('data') / 'words')
 
 
 def trained(dataset, out, arm, **settings):
-    import train
-
-    given = {**TINY, 'dataset': dataset, 'out_dir': out, 'arm': arm, **settings}
-    train.main([f'--{key}={value}' for key, value in given.items()])
-    return torch.load(out / 'ckpt.pt', weights_only=True)
+    training.run(dataset, out, arm=arm, **{**SHORT, **settings})
+    return training.load(out / 'ckpt.pt')
 
 
 def measured_streams(arm):

@@ -21,9 +21,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import training
 from test_data import documents, folder_bytes, needs_gpt2
 
-import train
 from data.fineweb_edu import prepare as fineweb
 from data.loader import GPT2_META, Tokens, UserError, encoding, read_meta
 from data.text import prepare as text
@@ -942,29 +942,8 @@ def a_set_of_nanogpt(folder, server):
     [a_text_set, a_prepared_set, shards_as_they_lie, shards_of_numpy, a_set_of_nanogpt],
     ids=lambda kind: kind.__name__,
 )
-def test_a_run_trains_on(kind, tmp_path, server):
+def test_a_run_trains_on(kind, tmp_path, server, signal_handlers):
     kind(tmp_path / 'set', server)
-    signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    tiny = dict(
-        n_layer=1,
-        n_head=1,
-        n_embd=16,
-        block_size=16,
-        batch_size=2,
-        max_iters=2,
-        eval_sequences=4,
-        compile=False,
-        device='cpu',
-    )
-    try:
-        train.main(
-            [
-                f'--{key}={value}'
-                for key, value in {**tiny, 'dataset': tmp_path / 'set', 'out_dir': tmp_path / 'out'}.items()
-            ]
-        )
-    finally:
-        for number, handler in signals.items():
-            signal.signal(number, handler)
-    lines = [json.loads(line) for line in (tmp_path / 'out' / 'log.jsonl').read_text().splitlines()]
+    training.run(tmp_path / 'set', tmp_path / 'out', max_iters=2, eval_sequences=4)
+    lines = training.log(tmp_path / 'out')
     assert lines[-1]['iter'] == 2 and 0 < lines[-1]['val_loss'] < 15

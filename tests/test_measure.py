@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from training import LOGGED
 
 import measure
 from checkpoint import build_model, find_checkpoints, load_checkpoint, open_runs
@@ -1144,16 +1145,7 @@ def test_an_interrupted_measurement_leaves_the_report_of_before(here, monkeypatc
 @every_stream
 def test_the_short_measurement_has_the_values_of_the_full_one(measured, arm, stream):
     record, report = measured.records[arm][stream], measured.reports[arm]['streams'][stream]
-    for key in (
-        'median',
-        'max_over_median',
-        'kurtosis',
-        'norm',
-        'fixed_dim_ratio',
-        'start_ratio',
-        'start_token_concentration',
-        'start_dim_concentration',
-    ):
+    for key in LOGGED:
         close(record[key], [sublayer[key] for sublayer in report['sublayers']])
     close(
         [record['top1'], record['top2'], record['top3']],

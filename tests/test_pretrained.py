@@ -31,21 +31,6 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 ROOT = Path(__file__).resolve().parent.parent
 V, T, D, LAYERS, HEADS = 97, 24, 32, 3, 4
-SMALL = dict(
-    vocab_size=V,
-    hidden_size=D,
-    num_hidden_layers=LAYERS,
-    num_attention_heads=HEADS,
-    intermediate_size=64,
-    max_position_embeddings=64,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
-GROUPED = {**SMALL, 'num_key_value_heads': 2}
-GPT2_NAMES = dict(
-    vocab_size=V, n_embd=D, n_layer=LAYERS, n_head=HEADS, n_positions=64, bos_token_id=1, eos_token_id=2
-)
 FALCON = dict(
     vocab_size=V,
     hidden_size=D,
@@ -53,6 +38,11 @@ FALCON = dict(
     num_attention_heads=HEADS,
     bos_token_id=1,
     eos_token_id=2,
+)
+SMALL = dict(FALCON, intermediate_size=64, max_position_embeddings=64, pad_token_id=0)
+GROUPED = {**SMALL, 'num_key_value_heads': 2}
+GPT2_NAMES = dict(
+    vocab_size=V, n_embd=D, n_layer=LAYERS, n_head=HEADS, n_positions=64, bos_token_id=1, eos_token_id=2
 )
 SEQUENTIAL = {
     'GPT-2': lambda: transformers.GPT2Config(**GPT2_NAMES),

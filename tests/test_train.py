@@ -16,6 +16,7 @@ import pytest
 import torch
 from training import (
     ARMS,
+    LOGGED,
     TIMES,
     TINY,
     TORCHRUN,
@@ -106,16 +107,8 @@ def test_gradient_accumulation_is_the_whole_batch(tmp_path, dataset, capsys):
 
 
 def test_a_step_is_adamw_with_clipped_gradients_on_the_windows_of_its_seed_and_number(tmp_path, dataset):
-    settings = dict(
-        ARMS['ledger'],
-        max_iters=3,
-        warmup_iters=2,
-        seed=5,
-        grad_clip=0.1,
-        beta1=0.8,
-        beta2=0.9,
-        weight_decay=0.3,
-    )
+    adamw = dict(beta1=0.8, beta2=0.9, weight_decay=0.3, grad_clip=0.1)
+    settings = dict(ARMS['ledger'], **adamw, max_iters=3, warmup_iters=2, seed=5)
     trained = load(run(dataset, tmp_path / 'out', **settings) / 'ckpt.pt')['model']
     config = Config(**{**TINY, **settings}, vocab_size=257)
     torch.manual_seed(5)
@@ -272,19 +265,7 @@ def test_the_log_has_a_line_at_zero_at_powers_of_two_at_every_interval_and_at_th
 
 @every_arm
 def test_a_log_line_lacks_nothing_that_later_work_reads(straight, arm):
-    per_sublayer = {
-        'top1',
-        'top2',
-        'top3',
-        'median',
-        'max_over_median',
-        'kurtosis',
-        'norm',
-        'fixed_dim_ratio',
-        'start_ratio',
-        'start_token_concentration',
-        'start_dim_concentration',
-    }
+    per_sublayer = {'top1', 'top2', 'top3', *LOGGED}
     assert TIMES <= json.loads((straight[arm] / 'log.jsonl').read_text().splitlines()[-1]).keys()
     for line in log(straight[arm]):
         assert {

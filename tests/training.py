@@ -28,6 +28,17 @@ TINY = dict(
     compile=False,
     device='cpu',
 )
+# Quantities of a stream that log.jsonl has of every sublayer, beside the largest three entries.
+LOGGED = (
+    'median',
+    'max_over_median',
+    'kurtosis',
+    'norm',
+    'fixed_dim_ratio',
+    'start_ratio',
+    'start_token_concentration',
+    'start_dim_concentration',
+)
 ARMS = {'baseline': {}, 'ledger': dict(residual='ledger', gate_rank=4)}
 TIMES = {'tokens_per_s', 'mfu', 'losses_s', 'streams_s'}
 TORCHRUN = [
