@@ -10,6 +10,7 @@ What is worth knowing before reading on:
 - a sequential block gives two sublayers, `attn` and `mlp`, a parallel one gives `block`. The stream is h;
 - what is captured is checked when a model is opened: every block must be the sum of its input and of what its
   parts wrote, and must return the model's own `output_hidden_states`. A model that fails is refused;
+- a model without attention heads, like Mamba, is measured at the ends of its blocks, with --blocks_only;
 - attention is the model's own eager one. Its maps are reduced and dropped layer by layer.
 
 transformers is imported in this file only, and only when a pretrained model is opened.
@@ -57,6 +58,22 @@ class Call(NamedTuple):
     input: torch.Tensor
     output: torch.Tensor
     is_attention: bool
+
+
+@contextmanager
+def in_a_sentence(beginning, reasons=None, advice=''):
+    """Turns whatever goes wrong in transformers, or in what is asked of it, into one UserError.
+
+    beginning: of the sentence, before what was found. advice: its end.
+    reasons: {words in an error: what is said in its place}."""
+    try:
+        yield
+    except (UserError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:  # transformers, its hub and the readers of files raise almost anything
+        text = ' '.join(f'{type(error).__name__}: {error}'.split())
+        known = [reason for words, reason in (reasons or {}).items() if words in text]
+        raise UserError(f'{beginning}: {known[0] if known else text[:200]}{advice}') from None
 
 
 def first_input(args, kwargs):
@@ -143,25 +160,39 @@ class Pretrained(nn.Module):
     """A causal language model of transformers, with all that measure.py and the studies ask of a model.
 
     model: what AutoModelForCausalLM returns, with attn_implementation='eager'.
-    blocks_only: measure the ends of blocks alone.
-    Raises UserError if the model is no decoder, or if its streams are not understood."""
+    blocks_only: measure the ends of blocks alone. A model without attention heads is measured only so.
+    Raises UserError if the model is no decoder, if it cannot be run, or if its streams are not understood."""
 
     stream_names, decoded = ('h',), 'h'
 
     def __init__(self, model, blocks_only=False):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
-        config = model.config.get_text_config()
-        self.n_layer, self.n_head = config.num_hidden_layers, config.num_attention_heads
-        self.n_embd, self.vocab_size = config.hidden_size, model.get_input_embeddings().num_embeddings
-        self.max_positions = getattr(config, 'max_position_embeddings', None)
-        self.mlp_width = getattr(config, 'intermediate_size', None) or 4 * self.n_embd
+        name = type(model).__name__
+        with in_a_sentence(f'the sizes of {name} are not known'):
+            self.read_sizes()
+        if not self.n_head and not blocks_only:
+            raise UserError(
+                f'{name} has no attention heads: measure what leaves its blocks, with --blocks_only'
+            )
         generator = torch.Generator().manual_seed(0)
         idx = torch.randint(self.vocab_size, (1, TOKENS_OF_CHECK), generator=generator)
         idx = idx[:, : self.max_positions].to(self.device)
         with torch.no_grad():
-            self.check_causal(idx)
-            self.understand(idx, find_blocks(model, self.n_layer), blocks_only)
+            with in_a_sentence(f'{name} fails on {idx.shape[1]} tokens'):
+                self.check_causal(idx)
+            advice = '' if blocks_only else '. What leaves them may still be measured, with --blocks_only'
+            with in_a_sentence(f'the blocks of {name} are not understood', advice=advice):
+                self.understand(idx, find_blocks(model, self.n_layer), blocks_only)
+
+    def read_sizes(self):
+        """Takes the model's sizes from its config. n_head is 0 where it knows of no attention heads."""
+        config = self.model.config.get_text_config()
+        self.n_layer, self.n_embd = config.num_hidden_layers, config.hidden_size
+        self.n_head = getattr(config, 'num_attention_heads', None) or 0
+        self.vocab_size = self.model.get_input_embeddings().num_embeddings
+        self.max_positions = getattr(config, 'max_position_embeddings', None)
+        self.mlp_width = getattr(config, 'intermediate_size', None) or 4 * self.n_embd
 
     @property
     def device(self):
@@ -311,12 +342,11 @@ class Pretrained(nn.Module):
             raise UserError(
                 f'{name} does not run its {len(modules)} blocks one after the other, and then its head'
             )
-        ends = [
-            streams[-1],
-            readers[0].output,
-        ]  # the model's own last hidden state mostly is after the final norm
-        same = [torch.equal(h, own) for h, own in zip(streams[:-1], hidden_states)]
-        if not all(same) or not any(torch.equal(h, hidden_states[-1]) for h in ends):
+        # Some models leave the embedding out of their hidden states.
+        same = any(all(map(torch.equal, own, hidden_states)) for own in (streams[:-1], streams[1:]))
+        # The last one mostly is after the final norm.
+        ends = [streams[-1], readers[0].output]
+        if not same or not any(torch.equal(h, hidden_states[-1]) for h in ends):
             raise UserError(f'what leaves the blocks of {name} is not what it calls its hidden states')
         self.reader = (readers[0].module,)  # in a tuple: the wrapped model has registered it
         if blocks_only:
@@ -402,19 +432,6 @@ REASONS = {  # words in an error of transformers, and what is said in their plac
 }
 
 
-@contextmanager
-def in_a_sentence(name):
-    """Turns whatever goes wrong while transformers opens a model into one sentence."""
-    try:
-        yield
-    except (UserError, torch.cuda.OutOfMemoryError):
-        raise
-    except Exception as error:  # transformers, its hub and the readers of files raise almost anything
-        text = ' '.join(f'{type(error).__name__}: {error}'.split())
-        reasons = [reason for words, reason in REASONS.items() if words in text]
-        raise UserError(f'cannot open {name}: {reasons[0] if reasons else text[:200]}') from None
-
-
 def load_model(name, revision, args):
     """Returns a model of transformers, in the precision and on the devices of args, and its tokenizer."""
     transformers = import_transformers()
@@ -458,7 +475,7 @@ def open_run(name, args):
     source, revision, label = find_model(name)
     if not args.text:
         raise UserError(f'{label} reads text in its own tokenizer: name some with --text FILE …')
-    with in_a_sentence(label):
+    with in_a_sentence(f'cannot open {label}', REASONS):
         hf_model, tokenizer = load_model(source, revision, args)
     model = Pretrained(hf_model, args.blocks_only)
     longest = model.max_positions or args.block_size or DEFAULT_BLOCK_SIZE

@@ -41,6 +41,7 @@ FALCON = dict(
 )
 SMALL = dict(FALCON, intermediate_size=64, max_position_embeddings=64, pad_token_id=0)
 GROUPED = {**SMALL, 'num_key_value_heads': 2}
+MAMBA = dict(hidden_size=D, num_hidden_layers=LAYERS, state_size=4, bos_token_id=1, eos_token_id=2)
 GPT2_NAMES = dict(
     vocab_size=V, n_embd=D, n_layer=LAYERS, n_head=HEADS, n_positions=64, bos_token_id=1, eos_token_id=2
 )
@@ -380,6 +381,54 @@ def test_weights_that_are_not_finite_are_refused():
         pretrained.Pretrained(model)
 
 
+def test_a_model_without_attention_heads_is_measured_at_the_ends_of_its_blocks_if_asked(idx):
+    model = build(transformers.MambaConfig(**MAMBA, vocab_size=V))
+    with pytest.raises(UserError, match='MambaForCausalLM has no attention heads.*--blocks_only'):
+        pretrained.Pretrained(model)
+    wrapped = pretrained.Pretrained(model, blocks_only=True)
+    with torch.no_grad():
+        own = model(idx, output_hidden_states=True).hidden_states
+    ends = capture(wrapped, idx)
+    assert len(ends) == LAYERS
+    for end, hidden in zip(ends, own):
+        assert torch.equal(end, hidden)
+
+
+def sentence_of_refusal(model, **options):
+    """What is said of a model that is refused."""
+    with pytest.raises(UserError) as refused:
+        pretrained.Pretrained(model, **options)
+    assert '\n' not in str(refused.value)
+    return str(refused.value)
+
+
+def test_an_error_inside_a_models_forward_is_named_in_a_sentence():
+    # Each of the 4 heads of the queries would have 8 of the keys.
+    model = build(transformers.StableLmConfig(**SMALL, num_key_value_heads=32))
+    for blocks_only in (False, True):
+        said = sentence_of_refusal(model, blocks_only=blocks_only)
+        assert said.startswith('StableLmForCausalLM fails on 24 tokens: RuntimeError: ')
+        assert '--blocks_only' not in said
+
+
+def test_an_error_while_blocks_are_taken_apart_ends_with_advice(monkeypatch):
+    model = build(transformers.LlamaConfig(**GROUPED))
+
+    def fail(block, calls):
+        raise KeyError('hidden_states')
+
+    monkeypatch.setattr(pretrained, 'understand_block', fail)
+    said = sentence_of_refusal(model)
+    assert "the blocks of LlamaForCausalLM are not understood: KeyError: 'hidden_states'" in said
+    assert said.endswith('with --blocks_only')
+
+
+def test_a_model_whose_sizes_are_not_known_is_named_in_a_sentence(monkeypatch):
+    model = build(transformers.LlamaConfig(**GROUPED))
+    monkeypatch.setattr(model, 'get_input_embeddings', lambda: None)
+    assert sentence_of_refusal(model).startswith('the sizes of LlamaForCausalLM are not known: ')
+
+
 # ---- folders of save_pretrained, text, and the commands
 
 
@@ -448,6 +497,17 @@ def test_the_statistics_of_a_folder_are_those_of_its_hidden_states(folder):
     assert sublayer['start_ratio'] == pytest.approx(
         a[:, 0].mean(0).max() / np.median(a[:, 0].mean(0)), rel=1e-5
     )
+
+
+def test_of_a_model_without_attention_heads_a_report_holds_streams_and_no_sinks(folder):
+    shutil.rmtree('llama')
+    build(transformers.MambaConfig(**MAMBA, vocab_size=258)).save_pretrained('mamba')
+    save_tokenizer('mamba')
+    assert '--blocks_only' in refusal('--ckpt', 'mamba', '--sequences=2')
+    command('--ckpt', 'mamba', '--sequences=2', '--blocks_only')
+    measured = report('mamba')
+    assert measured['attention_sink'] is None
+    assert [s['kind'] for s in measured['streams']['h']['sublayers']] == ['block'] * LAYERS
 
 
 @pytest.mark.parametrize(
