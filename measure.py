@@ -52,7 +52,6 @@ import math
 import os
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +68,7 @@ from checkpoint import (
     run_parser,
 )
 from data.loader import UserError, atomic_write, user_errors_exit
+from data.progress import Progress
 from figures import HEADLINES
 from hooks import hooked, modules_hooked
 from report import REFERENCE, compare, judge, print_comparison, print_run, untrained_bounds
@@ -312,8 +312,8 @@ def measure(run, args):
     batch_size = sequences_at_once(model, args.device, tokens.block_size)
     statistics = Statistics(args.topk, REPLICATES, args.seed)
     batches = window_batches(tokens, starts, batch_size)
-    progress = partial(show_progress, run.name, len(starts))
-    collect(model, batches, statistics, extras=True, progress=progress)
+    with Progress(f'measuring {run.name}:', len(starts), 'sequences') as progress:
+        collect(model, batches, statistics, extras=True, progress=progress.show)
     kinds = [sublayer.kind for sublayer in model.sublayers]
     streams = streams_report(statistics, kinds, model.decoded)
     shown = tokens.windows(starts[:LANDSCAPE_SEQUENCES])[0]
@@ -349,13 +349,6 @@ def per_byte(loss, tokens):
         return None
     ends = {key: loss[key] and number(loss[key] / tokens.bytes_per_token) for key in ('value', 'low', 'high')}
     return {**loss, **ends}
-
-
-def show_progress(name, count, done):
-    """Says on a terminal how many sequences are done, and nothing when all are."""
-    if sys.stderr.isatty():
-        text = f'{name}: {done} of {count} sequences' if done < count else ''
-        print(f'\r\033[K{text}', end='', file=sys.stderr, flush=True)
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from training import LOGGED
 
 import measure
 from checkpoint import build_model, find_checkpoints, load_checkpoint, open_runs
+from data import progress
 from data.loader import Tokens, UserError
 from hooks import attention_sink
 from measure import (
@@ -196,6 +197,18 @@ def measured(tmp_path_factory):
         printed=printed,
         reports={arm: report_in(root / 'out' / arm) for arm in ARMS},
     )
+
+
+def test_progress_in_a_file_has_the_time_left(tmp_path, monkeypatch, capsys):
+    write_dataset(tmp_path / 'data')
+    write_checkpoint(tmp_path / 'run/ckpt.pt', tmp_path / 'data')
+    monkeypatch.setattr(progress, 'APPEND', 0)
+    monkeypatch.setattr(measure, 'sequences_at_once', lambda *args: 2)
+    command('--ckpt', tmp_path / 'run', '--sequences=4')
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith('measuring run: ')]
+    assert [line.split()[2] for line in lines] == ['2', '4']
+    assert all(' of 4 sequences, ' in line for line in lines)
+    assert all(line.endswith('s left') for line in lines)
 
 
 @pytest.fixture
