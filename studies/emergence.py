@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoint import add_reading_arguments, is_pretrained, load_checkpoint, read_log
-from data.loader import UserError, atomic_write
+from data.loader import UserError, atomic_write, user_errors_exit
 from figures import STREAM_STYLE, figure
 from measure import number
 from studies import science
@@ -540,12 +540,11 @@ def analyse(args):
 def command(run, argv):
     """Runs run(argv) as a program: what a user can mend is one sentence."""
     try:
-        run(argv)
+        with user_errors_exit():
+            run(argv)
     except OSError as error:
         what = error.filename or 'the output'
         sys.exit(f'error: cannot write {what} ({error.strerror}): name another place with --out')
-    except UserError as error:
-        sys.exit(f'error: {error}')
 
 
 def run(argv):
