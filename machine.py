@@ -15,10 +15,10 @@ import os
 import sys
 from pathlib import Path
 
-# How often a waiting thread looks before it sleeps; libgomp's own limit is 300,000. A sleeper wakes slowly, so
-# a low limit costs speed on an idle machine. Steps of the demo's ledger on two cores, medians: idle, 98 ms with
-# this limit and 96 without one; beside two busy programs 255 ms (466 with a limit of 5,000), and without one
-# not ten steps in half a minute.
+# How often a waiting thread looks before it sleeps; libgomp's own limit is 300,000. A sleeper wakes slowly,
+# so a low limit costs speed on an idle machine. Steps of the demo's ledger on two cores, medians: idle, 98 ms
+# with this limit and 96 without one; beside two busy programs 255 ms (466 with a limit of 5,000), and
+# without one not ten steps in half a minute.
 SPINS = '60000'
 
 
