@@ -542,6 +542,8 @@ def command(run, argv):
     try:
         with user_errors_exit():
             run(argv)
+    except KeyboardInterrupt:
+        sys.exit('stopped by Ctrl-C: what was written before is whole')
     except OSError as error:
         what = error.filename or 'the output'
         sys.exit(f'error: cannot write {what} ({error.strerror}): name another place with --out')

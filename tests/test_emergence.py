@@ -253,3 +253,13 @@ def test_a_sweep_of_one_architecture_trains_both_arms_packs_them_and_leaves_no_w
     assert [run['run'] for run in packed] == ['baseline_2x64_h16_m4', 'ledger_2x64_h16_m4']
     assert [run['steps'] for run in packed] == [[0, 1, 2]] * 2
     assert not list(tmp_path.rglob('ckpt*')) and '2 of 2 runs are whole' in capfd.readouterr().out
+
+
+def test_ctrl_c_is_a_sentence(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    write_log(tmp_path / 'run')
+    monkeypatch.setattr(emergence, 'fit_all', interrupted)
+    with pytest.raises(SystemExit, match='stopped by Ctrl-C'):
+        emergence.main([str(tmp_path / 'run')])
