@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoint import read_log
-from data.loader import UserError, atomic_write, user_errors_exit
+from data.loader import UserError, atomic_write, interrupts_exit, user_errors_exit
 
 HEADLINES = {  # key → name in tables and figures. All but the two persistences belong to one sublayer.
     'fixed_dim_ratio': 'fixed-dimension ratio',
@@ -409,7 +409,7 @@ def run(argv):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    with user_errors_exit():
+    with interrupts_exit(), user_errors_exit():
         run(argv)
 
 

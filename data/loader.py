@@ -47,6 +47,15 @@ def user_errors_exit():
         sys.exit(f'error: {error}')
 
 
+@contextmanager
+def interrupts_exit():
+    """Ctrl-C in the block ends the program with a sentence, without a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit('stopped by Ctrl-C: what was written before is whole')
+
+
 HERE = Path(__file__).parent
 # What a file system says that knows no locks: some network disks and containers.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)

@@ -23,7 +23,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from data.loader import user_errors_exit
+from data.loader import interrupts_exit, user_errors_exit
 from measure import Statistics, stream_report
 from studies import verdicts
 from studies.evidence import counted, holds_in_all
@@ -173,7 +173,7 @@ def main(argv=None):
     parser.add_argument('--spread', type=float, default=0.5, help='of the noise (default 0.5)')
     parser.add_argument('--post-hoc', action='store_true', help='as of studies.verdicts')
     args = parser.parse_args(argv)
-    with user_errors_exit():
+    with interrupts_exit(), user_errors_exit():
         groups = by_scale(runs_in(args.folder))
         noise = count(verdicts.judge(noise_runs(args.spread)))
         report = {scale: chance_report(runs, noise, args.post_hoc) for scale, runs in groups.items()}

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.loader import UserError, user_errors_exit
+from data.loader import UserError, interrupts_exit, user_errors_exit
 from figures import HEADLINES, figure
 from report import COUNTS_FROM, TIMES_UNTRAINED
 from studies.results import DOSE, SCALES, by_scale, runs_in, significant
@@ -320,7 +320,7 @@ def main(argv=None):
     parser.add_argument('folders', nargs='+', type=Path, help='sets of runs: <arm>_<scale>_<seed>/ in each')
     parser.add_argument('--out', type=Path, help='folder for the figures (default: the set, if it is one)')
     args = parser.parse_args(argv)
-    with user_errors_exit():
+    with interrupts_exit(), user_errors_exit():
         if len(args.folders) > 1 and not args.out:
             raise UserError('several sets are drawn together: name a folder for the figures with --out')
         runs = [run for folder in args.folders for run in runs_in(folder)]

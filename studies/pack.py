@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoint import read_log
-from data.loader import UserError, atomic_write, user_errors_exit
+from data.loader import UserError, atomic_write, interrupts_exit, user_errors_exit
 from figures import PROFILE
 
 DIGITS, FINE_DIGITS, LOG_DIGITS = 4, 6, 3  # significant
@@ -269,7 +269,7 @@ def main(argv=None):
         '--again', action='store_true', help='the folders hold packed runs: pack each where it is'
     )
     args = parser.parse_args(argv)
-    with user_errors_exit():
+    with interrupts_exit(), user_errors_exit():
         if args.again == bool(args.out):
             raise UserError('say where packed runs go with --out=results/<set>, or pack them --again')
         runs = args.folders

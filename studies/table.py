@@ -16,7 +16,7 @@ import argparse
 import statistics
 from pathlib import Path
 
-from data.loader import UserError, atomic_write, user_errors_exit
+from data.loader import UserError, atomic_write, interrupts_exit, user_errors_exit
 from figures import figure
 from studies.results import RUN_NAME, Run, markdown, significant, with_interval
 
@@ -224,7 +224,7 @@ def main(argv=None):
     )
     parser.add_argument('folders', nargs='+', type=Path, help='runs, or folders that hold runs')
     parser.add_argument('--out', type=Path, help='folder for the table and the figure (default: the first)')
-    with user_errors_exit():
+    with interrupts_exit(), user_errors_exit():
         run(parser.parse_args(argv))
 
 

@@ -11,7 +11,7 @@ import argparse
 import re
 from functools import cache
 
-from data.loader import UserError, atomic_write, user_errors_exit
+from data.loader import UserError, atomic_write, interrupts_exit, user_errors_exit
 from studies import first_rules, verdicts
 from studies.chance import chance_table
 from studies.pack import read_json
@@ -433,7 +433,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description='Makes the tables of results/README.md.')
     parser.add_argument('--write', action='store_true', help='put them into the READMEs in results/')
     args = parser.parse_args(argv)
-    with user_errors_exit():
+    with interrupts_exit(), user_errors_exit():
         if args.write:
             for path in sorted(RESULTS.rglob('README.md')):
                 text = filled(path.read_text())

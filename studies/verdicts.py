@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import report
-from data.loader import user_errors_exit
+from data.loader import interrupts_exit, user_errors_exit
 from figures import HEADLINES
 from studies import first_rules
 from studies.evidence import (
@@ -532,7 +532,7 @@ def main(argv=None):
         '--post-hoc', action='store_true', help='judge values where a measurement has no intervals'
     )
     args = parser.parse_args(argv)
-    with user_errors_exit():
+    with interrupts_exit(), user_errors_exit():
         for scale, runs in by_scale(runs_in(args.folder)).items():
             found = tables_first(runs) if args.rules == 'first' else tables_second(runs, args.post_hoc)
             for title, text in found.items():

@@ -366,3 +366,12 @@ def test_post_hoc_is_said_first(tmp_path, capsys):
     without_intervals(write_run(tmp_path, 'baseline'))
     verdicts.main([str(tmp_path), '--post-hoc'])
     assert 'Post hoc: the rules are younger than these runs.' in capsys.readouterr().out
+
+
+def test_ctrl_c_is_a_sentence(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verdicts, 'runs_in', interrupted)
+    with pytest.raises(SystemExit, match='stopped by Ctrl-C'):
+        verdicts.main(['results/arms'])
